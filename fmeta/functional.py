@@ -124,7 +124,6 @@ def loss_of(
         ValueError: what ``functionalize`` raises.
 
     Example:
-        >>> import torch
         >>> loss_fn = loss_of(torch.nn.Linear(3, 2), torch.nn.functional.mse_loss)
         >>> params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
         >>> loss_fn(params, (torch.ones(4, 3), torch.ones(4, 2)))
@@ -174,7 +173,8 @@ def _check(got: Mapping[str, Tensor], want: dict[str, torch.Size], kind: str, la
 
 
 def _copies(buffers: Tensors) -> Tensors:
-    if torch.is_inference_mode_enabled():  # inference tensors have no version to compare
+    # Inference tensors have no version to compare; a tracer cannot ask for the mode.
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return {name: b.clone() for name, b in buffers.items()}
     return {name: b.clone() for name, b in buffers.items()}
@@ -226,29 +226,31 @@ def _skeleton(module: nn.Module, batch_norm: str | None) -> Any:
     for b in module.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta", requires_grad=False)
     for m in module.modules():
-        for value in vars(m).values():  # results of hooks such as weight_norm: not leaves
+        for value in vars(m).values():  # constants; those with a history cannot be deep-copied
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     try:
         skeleton = copy.deepcopy(module, memo)
     except Exception as error:
         raise TypeError(
-            f"functionalize could not copy a {type(module).__name__} ({error}); keep out of the "
-            "module what copy.deepcopy refuses (locks, files, generators, tensors with a "
-            "history), or give the class a __deepcopy__"
+            f"functionalize could not copy a {type(module).__name__} ({error}); keep locks, files "
+            "and the like out of the module, or give its class a __deepcopy__"
         ) from error
     for m in skeleton.modules():
         make_pure(m)
         if isinstance(m, _NormBase) and batch_norm == "batch":
             m.training, m.track_running_stats = True, False
             if isinstance(m, _InstanceNorm):
-                m._apply_instance_norm = types.MethodType(_instance_norm, m)  # type: ignore
-        # Each of these shuts one door to the inference fast path and changes no value.
+                m._apply_instance_norm = types.MethodType(  # type: ignore[method-assign]
+                    _instance_norm, m
+                )
+        # Each of these shuts one door to the inference fast path and changes no value;
+        # a forward of the user's own may read `training`, so it is left as it is.
         elif isinstance(m, nn.TransformerEncoder):
             m.use_nested_tensor = False
         elif isinstance(m, nn.TransformerEncoderLayer):
             m.activation_relu_or_gelu = 0
-        elif isinstance(m, nn.MultiheadAttention) and not m.training:
+        elif type(m).forward is nn.MultiheadAttention.forward and not m.training:
             m.training, m.dropout = True, 0.0
     return skeleton
 
