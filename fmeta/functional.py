@@ -250,8 +250,9 @@ def _skeleton(module: nn.Module, batch_norm: str | None) -> Any:
             m.use_nested_tensor = False
         elif isinstance(m, nn.TransformerEncoderLayer):
             m.activation_relu_or_gelu = 0
-        elif isinstance(m, nn.MultiheadAttention) and not m.training:
-            if type(m).forward is nn.MultiheadAttention.forward:
+        elif isinstance(m, nn.MultiheadAttention):
+            own_forward = type(m).forward is not nn.MultiheadAttention.forward
+            if not (m.training or own_forward):
                 m.training, m.dropout = True, 0.0
     return skeleton
 
