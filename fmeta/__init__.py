@@ -5,4 +5,52 @@ function of that shape or a transform of one, so whatever goes into training (th
 optimizer, the initial parameters of a model, or both) can be learned by differentiating through it.
 """
 
+from fmeta import functional, optimizers, random, trees
+from fmeta._coordinatewise import coordinatewise
+from fmeta._learn import learn
+from fmeta._scan import scan
+from fmeta._tensorwise import tensorwise
+from fmeta._treewise import treewise
+from fmeta._unroll import InnerState, Run, inner_step, unroll
+from fmeta.combinators import (
+    chain,
+    clip_by_global_norm,
+    masked,
+    partition,
+    scheduled,
+    to_transform,
+    with_weight_decay,
+)
+from fmeta.functional import functionalize, loss_of
+from fmeta.optimizer import Hidden, Optimizer, apply_updates, optimizer_from_step
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Hidden",
+    "InnerState",
+    "Optimizer",
+    "Run",
+    "apply_updates",
+    "chain",
+    "clip_by_global_norm",
+    "coordinatewise",
+    "functional",
+    "functionalize",
+    "inner_step",
+    "learn",
+    "loss_of",
+    "masked",
+    "optimizer_from_step",
+    "optimizers",
+    "partition",
+    "random",
+    "scan",
+    "scheduled",
+    "tensorwise",
+    "to_transform",
+    "trees",
+    "treewise",
+    "unroll",
+    "with_weight_decay",
+]

@@ -1,0 +1,143 @@
+"""Gradients that are the same function inside and outside of torch.func transforms.
+
+Below all transforms (nothing wraps the tensors) plain autograd does the same as `torch.func` with
+less overhead and less memory (pytorch issue 134612), so it is used there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+
+__all__ = ["grad_and_value", "inside_transform", "is_differentiable", "vjp"]
+
+
+_nested: ContextVar[bool] = ContextVar("_nested", default=False)
+
+
+@contextmanager
+def nested() -> Iterator[None]:
+    """Within it gradients are taken by torch.func, on levels of their own."""
+    token = _nested.set(True)
+    try:
+        yield
+    finally:
+        _nested.reset(token)
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform (or torch.compile's tracer) is active."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _nested.get()
+    )
+
+
+def is_differentiable(x: Any) -> bool:
+    """Whether ``x`` is a tensor of a dtype that has derivatives."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def grad_and_value(
+    fn: Callable[..., tuple[Tensor, Any]], params: Any, *args: Any
+) -> tuple[Any, tuple[Tensor, Any]]:
+    """Gradient with respect to ``params`` of a function that returns ``(loss, aux)``.
+
+    As `torch.func.grad_and_value` with ``has_aux=True``: differentiable again, and with respect to
+    whatever else the function reads.
+
+    Args:
+        fn: ``fn(params, *args) -> (scalar, aux)``.
+        params: tree of floating tensors.
+        *args: further trees, constants of this gradient.
+
+    Returns:
+        ``(grads, (loss, aux))``.
+    """
+    flat, spec = trees.flatten(params)
+    recording = torch.is_grad_enabled()
+    visible = recording and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (*flat, *trees.leaves(args))
+    )
+    if inside_transform() or (recording and not visible):
+        # `recording and not visible`: `fn` may still close over a tensor that requires grad, and
+        # only torch.func keeps that graph without making every result require grad.
+        def flat_fn(flat: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+            return fn(trees.unflatten(spec, flat), *args)
+
+        grads, (loss, aux) = torch.func.grad_and_value(flat_fn, has_aux=True)(tuple(flat))
+        return trees.unflatten(spec, grads), (loss, aux)
+    with torch.enable_grad():
+        # Fresh aliases: a parameter may also be one of `args` (a proximal term), as a constant.
+        inputs = [
+            x.view_as(x) if visible and x.requires_grad else x.detach().requires_grad_()
+            for x in flat
+        ]
+        loss, aux = fn(trees.unflatten(spec, inputs), *args)
+        grads = _autograd(loss, inputs, create_graph=recording)
+    if not recording:
+        loss = loss.detach()
+        aux = trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
+    return trees.unflatten(spec, grads), (loss, aux)
+
+
+def vjp(
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients of ``sum(<output, cotangent>)`` with respect to ``inputs``.
+
+    Args:
+        fn: function of the inputs, returning a flat tuple of floating tensors.
+        inputs: tensors of floating dtype.
+        cotangents: one for each output, of its shape.
+    """
+    if inside_transform():
+        return torch.func.vjp(fn, *inputs)[1](tuple(cotangents), retain_graph=False)
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [
+            x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
+            for x in inputs
+        ]
+        outputs = fn(*aliases)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(x) for x in inputs)
+        return torch.autograd.grad(
+            [o for o, _ in pairs],
+            aliases,
+            [c for _, c in pairs],
+            create_graph=recording,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+def _autograd(loss: Tensor, inputs: list[Tensor], create_graph: bool) -> Sequence[Tensor]:
+    check_scalar(loss)
+    if not inputs:
+        return []
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return torch.autograd.grad(
+        loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def check_scalar(loss: Any) -> None:
+    """Raises a ValueError unless the loss is a scalar tensor of floating dtype."""
+    if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
+        got = (
+            f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
+            if isinstance(loss, Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        raise ValueError(f"loss_fn must return a floating scalar, got {got}: take its mean or sum")

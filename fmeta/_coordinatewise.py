@@ -1,0 +1,252 @@
+"""`coordinatewise`: one rule, shared by all coordinates of all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmeta import trees
+from fmeta._lift import Leaves, check_state
+from fmeta._tensorwise import check_delta, delta_of, required
+from fmeta.functional import functionalize
+from fmeta.optimizer import Hidden, Optimizer, check_needs, check_params
+
+__all__ = ["coordinatewise", "lift_coordinates"]
+
+Tree = Any
+
+
+def coordinatewise(
+    rule: Any,
+    features: Callable[[Tensor, Tensor], Tensor] | None = None,
+    hidden: Any = None,
+    *,
+    chunk_size: int | None = None,
+) -> Optimizer:
+    """Lifts a rule of ONE coordinate to all coordinates of all leaves ("coordinate sharing").
+
+    All coordinates of one dtype are laid side by side and the rule is vmapped over them once.
+
+    Args:
+        rule: either an object with
+
+            - ``init(generator) -> opt_params``;
+            - ``init_hidden(opt_params, param: ()) -> dict`` of tensors;
+            - ``step(opt_params, param: (), grad: (), hidden) -> (param: (), hidden)``, or
+              ``update(...) -> (delta: (), hidden)``;
+
+            or an `nn.Module` used as the shared network. It is read once, by `functionalize`; its
+            parameters as they stand are what ``init`` returns.
+        features: for a module: ``features(param: (), grad: ()) -> (F,)``; default
+            ``torch.stack([grad, param])``.
+        hidden: for a module: ``None``; or the size of its state, and the module is called as
+            ``module(features, state) -> (out, state)`` with state ``(hidden,)``, zeros at first.
+            `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell` work as they are (``out`` is their new
+            ``h``). A tuple or dict of sizes gives a state of that structure.
+        chunk_size: the most coordinates that are worked on at once (bounds the memory).
+
+    Returns:
+        An `Optimizer`: the delta is new minus old parameter, for a module ``out[..., 0]``. Its
+        hidden state has at each leaf a dict of tensors ``(*leaf, *state)``.
+
+    Raises:
+        TypeError: when the rule lacks a function or its state is not a dict.
+        ValueError: when it returns anything but a scalar for a coordinate.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> rule = coordinatewise(net)                  # the article's [gradient, parameter] rule
+        >>> rule.init()["weight"].shape
+        torch.Size([1, 2])
+
+    Reference:
+        Andrychowicz et al. 1606.04474, section 2.1 ("coordinatewise").
+    """
+    if isinstance(rule, nn.Module):
+        rule = _NetRule(rule, features, hidden)
+    elif features is not None or hidden is not None:
+        raise TypeError("features and hidden go with an nn.Module, not with a rule object")
+    change, start = delta_of(rule), required(rule, "init_hidden")
+    init = required(rule, "init")
+
+    def start_coordinates(th: Tree, p: Tensor) -> dict[str, Any]:
+        def one(x: Tensor) -> dict[str, Any]:
+            return check_state(start(th, x), "init_hidden")
+
+        if not p.numel():  # vmap needs at least one coordinate to learn the state's shape
+            like = torch.vmap(one)(p.new_zeros(1))
+            return {k: v[:0] for k, v in like.items()}
+        return torch.vmap(one)(p)
+
+    def update_coordinates(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
+        def one(x: Tensor, d: Tensor, s: dict[str, Any]) -> Any:
+            delta, s = change(th, x, d, s)
+            check_delta(delta, x)
+            return delta, check_state(s, "step")
+
+        return torch.vmap(one)(p, g, h)
+
+    return lift_coordinates(
+        lambda generator=None: init(generator),
+        start_coordinates,
+        update_coordinates,
+        chunk_size=chunk_size,
+    )
+
+
+def lift_coordinates(
+    init: Callable[..., Tree],
+    start: Callable[[Tree, Tensor], dict[str, Any]],
+    update: Callable[..., tuple[Tensor, dict[str, Any]]],
+    *,
+    chunk_size: int | None = None,
+    needs: frozenset[str] = frozenset(),
+) -> Optimizer:
+    """An `Optimizer` from functions of a flat vector of independent coordinates.
+
+    Args:
+        init: ``init(generator=None) -> opt_params``.
+        start: ``(opt_params, param: (N,)) -> dict`` of tensors ``(N, *state)``.
+        update: ``(opt_params, param: (N,), grad: (N,), hidden) -> (delta: (N,), hidden)``.
+        chunk_size: the most coordinates given to ``update`` at once.
+        needs: as in `Optimizer`; for information only, the functions do not get them.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+    def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check_params(model_params)
+        flat, spec = trees.flatten(model_params)
+        states: list[dict[str, Any]] = []
+        for p in flat:
+            if p is None:
+                states.append({})
+                continue
+            dtype = trees.compute_dtype(p)
+            state = start(trees.cast(opt_params, dtype), p.to(dtype).reshape(-1))
+            states.append(
+                trees.map(lambda x, p=p: x.reshape((*p.shape, *x.shape[1:])).contiguous(), state)
+            )
+        return Hidden(trees.unflatten(spec, states), {})
+
+    def run(
+        opt_params: Tree,
+        model_params: Tree,
+        grads: Tree,
+        hidden: Hidden,
+        *,
+        loss: Tensor | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> tuple[Tree, Hidden]:
+        check_needs(needs, loss, extras)
+        at = Leaves(model_params, grads, hidden)
+        delta: list[Any] = [None] * len(at.params)
+        states = list(at.states)
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i in at.active:
+            by_dtype.setdefault(trees.compute_dtype(at.params[i]), []).append(i)
+        for dtype, group in by_dtype.items():
+            pairs = [at.pair(i) for i in group]
+            columns = [trees.leaves(at.states[i]) for i in group]
+            spec = trees.flatten(at.states[group[0]])[1]
+            p = _side_by_side([x for x, _ in pairs], 0)
+            g = _side_by_side([x for _, x in pairs], 0)
+            h = [
+                _side_by_side(list(c), c[0].ndim - pairs[0][0].ndim)
+                for c in zip(*columns, strict=True)
+            ]
+            theta = trees.cast(opt_params, dtype)
+            change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
+            shapes = [at.params[i].shape for i in group]
+            parts = _apart(change, shapes)
+            state_parts = [_apart(x, shapes) for x in new]
+            for j, i in enumerate(group):
+                delta[i] = parts[j]
+                states[i] = trees.unflatten(new_spec, [x[j] for x in state_parts])
+        return at.tree(delta), Hidden(at.tree(states), hidden.shared)
+
+    return Optimizer(init, init_hidden, run, needs)
+
+
+def _chunked(
+    update: Callable[..., Any],
+    theta: Tree,
+    p: Tensor,
+    g: Tensor,
+    h: list[Tensor],
+    spec: Any,
+    size: int | None,
+) -> tuple[Tensor, list[Tensor], Any]:
+    count = p.shape[0]
+    if count == 0:
+        return torch.zeros_like(p), h, spec
+    size = count if size is None else size
+    deltas, states, new_spec = [], [], spec
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        delta, state = update(theta, p[part], g[part], trees.unflatten(spec, [x[part] for x in h]))
+        leaves, new_spec = trees.flatten(state)
+        deltas.append(delta)
+        states.append(leaves)
+    if len(deltas) == 1:
+        return deltas[0], states[0], new_spec
+    return torch.cat(deltas), [torch.cat(c) for c in zip(*states, strict=True)], new_spec
+
+
+def _side_by_side(tensors: list[Tensor], state_ndim: int) -> Tensor:
+    flat = [x.reshape((-1, *x.shape[x.ndim - state_ndim :])) for x in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _apart(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    pieces = flat.split([s.numel() for s in shapes])
+    return [x.reshape((*s, *flat.shape[1:])) for x, s in zip(pieces, shapes, strict=True)]
+
+
+class _NetRule:
+    """A module as the rule of one coordinate."""
+
+    def __init__(
+        self, module: nn.Module, features: Callable[[Tensor, Tensor], Tensor] | None, hidden: Any
+    ) -> None:
+        self.apply, self.params, self.buffers = functionalize(module)
+        self.features = features or (lambda param, grad: torch.stack([grad, param]))
+        self.cell = isinstance(module, nn.RNNCellBase)
+        if self.cell:
+            size = module.hidden_size
+            hidden = (size, size) if isinstance(module, nn.LSTMCell) else size
+        self.sizes = hidden
+        for x in trees.leaves(hidden):
+            if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
+                raise ValueError(f"hidden must be None or positive sizes, got {hidden!r}")
+
+    def init(self, generator: Any) -> Tree:
+        # The module's own values are the start: nothing is drawn, so no generator is used.
+        return dict(self.params)
+
+    def init_hidden(self, th: Tree, p: Tensor) -> dict[str, Any]:
+        if self.sizes is None:
+            return {}
+        return {"state": trees.map(lambda n: p.new_zeros(n), self.sizes)}
+
+    def update(self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
+        buffers = trees.cast(self.buffers, p.dtype)
+        x = self.features(p, g)
+        if self.sizes is None:
+            return self.apply(th, buffers, x)[..., 0], h
+        result = self.apply(th, buffers, x, h["state"])
+        if not self.cell:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ValueError(
+                    "with hidden, the module must return (out, state) as it is called with "
+                    f"(features, state), got a {type(result).__name__}"
+                )
+            out, state = result
+        elif isinstance(result, tuple):
+            out, state = result[0], result
+        else:
+            out, state = result, result
+        return out[..., 0], {"state": state}

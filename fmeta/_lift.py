@@ -1,0 +1,256 @@
+"""Lifts a rule of one tensor to a whole parameter tree, batched over leaves of one shape.
+
+What every optimizer of the library shares: matching of trees, compute dtype, leaves without a
+gradient, and grouping. Small leaves of one shape and dtype are stacked and updated at once; a large
+leaf, or one that is alone with its shape, is updated as it is, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params
+
+__all__ = ["Leaves", "lift", "per_leaf"]
+
+Tree = Any
+
+# Measured on a CPU: below four leaves, or above 2**14 elements, stacking costs what it saves.
+_MAX_STACKED_NUMEL = 2**14
+_MIN_STACK = 4
+
+
+class Leaves:
+    """The leaves of one update: parameters, gradients and states, matched and checked.
+
+    Attributes:
+        spec: structure of the parameter tree.
+        params, grads: leaves in their own dtype (``None`` where absent).
+        states: the dict of hidden tensors at each leaf.
+        active: indices of the leaves that have a gradient.
+    """
+
+    def __init__(self, model_params: Tree, grads: Tree, hidden: Any) -> None:
+        if not isinstance(hidden, Hidden):
+            raise ValueError(
+                f"the hidden state is a {type(hidden).__name__}, not what this optimizer's "
+                "init_hidden returns: start from init_hidden(opt_params, model_params)"
+            )
+        check_params(model_params)
+        self.params, self.spec = trees.flatten(model_params)
+        self.grads = trees.match(model_params, grads, "the gradient")
+        self.states = trees.flatten_up_to(
+            self.spec, hidden.leaves, model_params, "the hidden state"
+        )
+        self.active = [
+            i
+            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True))
+            if p is not None and g is not None
+        ]
+        for i in self.active:
+            if self.grads[i].device != self.params[i].device:
+                raise ValueError(
+                    f"at path {trees.paths(model_params)[i]} the parameter is on "
+                    f"{self.params[i].device} and the gradient on {self.grads[i].device}: move "
+                    "them to one device"
+                )
+
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """Parameter and gradient of leaf i in the compute dtype."""
+        dtype = trees.compute_dtype(self.params[i])
+        return self.params[i].to(dtype), self.grads[i].to(dtype)
+
+    def tree(self, values: Sequence[Any]) -> Tree:
+        return trees.unflatten(self.spec, values)
+
+
+def start_leaves(
+    init_leaf: Callable[..., dict[str, Any]], opt_params: Tree, model_params: Tree
+) -> Tree:
+    """A tree with ``init_leaf(opt_params, param)`` at each leaf, in the compute dtype."""
+    check_params(model_params)
+    flat, spec = trees.flatten(model_params)
+    states = []
+    for param in flat:
+        if param is None:
+            states.append({})
+            continue
+        dtype = trees.compute_dtype(param)
+        state = init_leaf(trees.cast(opt_params, dtype), param.to(dtype))
+        states.append(check_state(state, "init_hidden"))
+    return trees.unflatten(spec, states)
+
+
+def check_state(state: Any, where: str) -> dict[str, Any]:
+    """Raises a TypeError unless a rule's own state is a dict of tensors."""
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"the rule's {where} must give a dict of tensors as hidden state, got "
+            f"a {type(state).__name__}"
+        )
+    return state
+
+
+def lift(
+    init: Callable[..., Tree],
+    init_leaf: Callable[..., dict[str, Any]],
+    update_leaf: Callable[..., tuple[Tensor, dict[str, Any]]],
+    *,
+    hypers: Callable[[Tree], Mapping[str, Any]] | None = None,
+    elementwise: bool = False,
+    needs: frozenset[str] = frozenset(),
+    leaf_keywords: tuple[str, ...] = (),
+) -> Optimizer:
+    """An `Optimizer` from a rule of one tensor.
+
+    Args:
+        init: ``init(generator=None) -> opt_params``.
+        init_leaf: ``(opt_params, param[, num_steps=]) -> dict``, the state of one leaf.
+        update_leaf: ``(opt_params, param, grad, state, **hypers[, loss=, extras=]) -> (delta,
+            state)``. Under `vmap` over leaves, unless ``elementwise``.
+        hypers: ``opt_params -> {name: value}``; a value is a number, a scalar tensor, or a tree
+            shaped like the parameters, of which a rule gets its own leaf's.
+        elementwise: the rule works element by element and by broadcasting only, so a stack of
+            leaves needs no vmap.
+        needs: as in `Optimizer`.
+        leaf_keywords: which of ``num_steps``, ``loss``, ``extras`` the leaf functions take.
+    """
+    update_keywords = tuple(k for k in leaf_keywords if k != "num_steps")
+
+    def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check_num_steps(needs, num_steps)
+        extra = {"num_steps": num_steps} if "num_steps" in leaf_keywords else {}
+        return Hidden(
+            start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params), {}
+        )
+
+    def update(
+        opt_params: Tree,
+        model_params: Tree,
+        grads: Tree,
+        hidden: Hidden,
+        *,
+        loss: Tensor | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> tuple[Tree, Hidden]:
+        check_needs(needs, loss, extras)
+        at = Leaves(model_params, grads, hidden)
+        given = {"loss": loss, "extras": extras}
+        extra = {k: given[k] for k in update_keywords}
+        named = {
+            name: per_leaf(value, model_params, at.spec, name)
+            for name, value in (hypers(opt_params) if hypers else {}).items()
+        }
+        delta: list[Any] = [None] * len(at.params)
+        states = list(at.states)
+        members = set(at.active)
+        candidates = [p if i in members else None for i, p in enumerate(at.params)]
+        for group in trees.shape_classes(
+            candidates, max_numel=_MAX_STACKED_NUMEL, min_size=_MIN_STACK
+        ):
+            dtype = trees.compute_dtype(at.params[group[0]])
+            theta = trees.cast(opt_params, dtype)
+            rows = [
+                (*at.pair(i), at.states[i], {k: _number(v[i], dtype) for k, v in named.items()})
+                for i in group
+            ]
+            if len(group) == 1:
+                p, g, s, h = rows[0]
+                results = [update_leaf(theta, p, g, s, **h, **extra)]
+            elif elementwise:
+                results = _broadcast_group(update_leaf, theta, rows, extra)
+            else:
+                results = _vmap_group(update_leaf, theta, rows, extra)
+            for i, (d, s) in zip(group, results, strict=True):
+                delta[i], states[i] = d, s
+        return at.tree(delta), Hidden(at.tree(states), hidden.shared)
+
+    return Optimizer(init, init_hidden, update, needs)
+
+
+def per_leaf(value: Any, model_params: Tree, spec: Any, name: str) -> list[Any]:
+    """A hyper-parameter for each leaf: the number itself, or what a tree holds at that leaf."""
+    count = spec.num_leaves
+    if isinstance(value, (int, float)):
+        return [value] * count
+    if isinstance(value, Tensor):
+        if value.ndim and not isinstance(model_params, Tensor):
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}: give a number, a scalar "
+                "tensor, or a tree shaped like the parameters"
+            )
+        return [value] * count
+    return trees.flatten_up_to(spec, value, model_params, f"{name} (a tree)")
+
+
+def _number(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def _broadcast_group(
+    update_leaf: Callable[..., Any], theta: Tree, rows: list[Any], extra: dict[str, Any]
+) -> list[Any]:
+    ndim = rows[0][0].ndim
+    ones = (1,) * ndim
+
+    def stack(xs: Sequence[Any]) -> Any:
+        if all(x is xs[0] for x in xs) and not (isinstance(xs[0], Tensor) and xs[0].ndim):
+            return xs[0]  # one number for all leaves
+        if not all(isinstance(x, Tensor) for x in xs):
+            p = rows[0][0]
+            xs = [x if isinstance(x, Tensor) else p.new_tensor(x) for x in xs]
+        out = torch.stack(list(xs))
+        return out.reshape(-1, *ones) if out.ndim == 1 else out
+
+    ps, gs, states, hypers = zip(*rows, strict=True)
+    columns = {
+        k: torch.stack([s[k] for s in states]) for k in states[0]
+    }
+    scalars = {k for k, v in columns.items() if v.ndim == 1}
+    delta, state = update_leaf(
+        theta,
+        torch.stack(ps),
+        torch.stack(gs),
+        {k: v.reshape(-1, *ones) if k in scalars else v for k, v in columns.items()},
+        **{k: stack([h[k] for h in hypers]) for k in hypers[0]},
+        **extra,
+    )
+    rows_out = {
+        k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in state.items()
+    }
+    return [
+        (d, {k: v[i] for k, v in rows_out.items()}) for i, d in enumerate(delta.unbind(0))
+    ]
+
+
+def _vmap_group(
+    update_leaf: Callable[..., Any], theta: Tree, rows: list[Any], extra: dict[str, Any]
+) -> list[Any]:
+    ps, gs, states, hypers = zip(*rows, strict=True)
+    shared = {k: hypers[0][k] for k in hypers[0] if all(h[k] is hypers[0][k] for h in hypers)}
+    own = {
+        k: torch.stack([h[k] if isinstance(h[k], Tensor) else ps[0].new_tensor(h[k]) for h in hypers])
+        for k in hypers[0]
+        if k not in shared
+    }
+    columns = [trees.leaves(s) for s in states]
+    spec = trees.flatten(states[0])[1]
+    stacked = [torch.stack(c) for c in zip(*columns, strict=True)]
+    found: list[Any] = []
+
+    def one(p: Tensor, g: Tensor, state: list[Tensor], own: dict[str, Tensor]) -> Any:
+        delta, new = update_leaf(theta, p, g, trees.unflatten(spec, state), **shared, **own, **extra)
+        leaves, new_spec = trees.flatten(new)
+        found.append(new_spec)
+        return delta, tuple(leaves)
+
+    delta, flat = torch.vmap(one)(torch.stack(ps), torch.stack(gs), stacked, own)
+    parts = [x.unbind(0) for x in flat]
+    return [
+        (d, trees.unflatten(found[0], [x[i] for x in parts])) for i, d in enumerate(delta.unbind(0))
+    ]

@@ -1,0 +1,163 @@
+"""Mixed-mode gradients: a gradient whose own derivative is taken forward over reverse.
+
+For a twice differentiable loss L the vector-Jacobian product of ``grad_p L`` with v is
+``d/de grad L(p + e v)``, because second derivatives commute. So only the inputs are kept, and the
+backward pass is one `jvp` through a gradient, whose memory is that of a single gradient.
+
+Reference: Kemaev et al., "Scalable meta-learning via mixed-mode differentiation", 2505.00793.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import _autodiff, trees
+from fmeta._remat import _filled, _Remat
+
+__all__ = ["mixed_grad_and_value"]
+
+
+def mixed_grad_and_value(
+    fn: Callable[..., tuple[Tensor, Any]], params: Any, *args: Any
+) -> tuple[Any, tuple[Tensor, Any]]:
+    """As `fmeta._autodiff.grad_and_value`, differentiated again forward over reverse.
+
+    Args:
+        fn: ``fn(params, *args) -> (scalar, aux)``; it must not close over a traced tensor.
+        params: tree of floating tensors.
+        *args: further trees of tensors.
+
+    Returns:
+        ``(grads, (loss, aux))``.
+    """
+    inputs, spec = trees.flatten((params, args))
+    constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+    n = len(trees.leaves(params))
+    params_spec = trees.flatten(params)[1]
+    found: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        it = iter(tensors)
+        p, a = trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants])
+        loss, aux = fn(p, *a)
+        _autodiff.check_scalar(loss)
+        leaves, aux_spec = trees.flatten(aux)
+        if not found:
+            found.append((aux_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]))
+        return (loss, *[x for x in leaves if isinstance(x, Tensor)])
+
+    out = _MixedGrad.apply(flat, n, *[x for x in inputs if isinstance(x, Tensor)])
+    aux_spec, aux_constants = found[0]
+    rest = iter(out[n + 1 :])
+    aux = trees.unflatten(aux_spec, [next(rest) if c is None else c[0] for c in aux_constants])
+    return trees.unflatten(params_spec, out[:n]), (out[n], aux)
+
+
+class _MixedGrad(torch.autograd.Function):
+    """``apply(fn, n, *tensors) -> (*grads of the first n, loss, *aux)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(fn: Any, n: int, *args: Tensor) -> tuple[Tensor, ...]:
+        return _grads_loss_aux(fn, n, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fn, ctx.n, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args)
+        ctx.save_for_forward(*args)
+        ctx.differentiable = [_autodiff.is_differentiable(x) for x in output]
+        ctx.mark_non_differentiable(*[x for x in output if not _autodiff.is_differentiable(x)])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        args = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        wrt = tuple(
+            i
+            for i, (x, need) in enumerate(zip(args, needed, strict=True))
+            if need and _autodiff.is_differentiable(x)
+        )
+        given = tuple(i for i, c in enumerate(cotangents) if c is not None)
+        grads: list[Tensor | None] = [None] * len(args)
+        if wrt and given:
+            pull = functools.partial(_pull, ctx.fn, ctx.n, wrt, given, len(args))
+            found = _Remat.apply(pull, *args, *[c for c in cotangents if c is not None])
+            for i, g in zip(wrt, found, strict=True):
+                grads[i] = g
+        return (None, None, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _fn: None, _n: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = ctx.saved_tensors
+        wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
+        push = functools.partial(_push, ctx.fn, ctx.n, wrt, len(args))
+        out = _Remat.apply(push, *args, *[t for t in tangents if t is not None])
+        return tuple(x if d else None for x, d in zip(out, ctx.differentiable, strict=True))
+
+
+def _grads_loss_aux(fn: Any, n: int, *args: Tensor) -> tuple[Tensor, ...]:
+    def loss_and_aux(*params: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, *aux = fn(*params, *args[n:])
+        return loss, (loss, *aux)
+
+    grads, (loss, *aux) = torch.func.grad(loss_and_aux, argnums=tuple(range(n)), has_aux=True)(
+        *args[:n]
+    )
+    seen = {id(x) for x in args}
+    return (*grads, loss, *[x.view_as(x) if id(x) in seen else x for x in aux])
+
+
+def _pull(
+    fn: Any, n: int, wrt: tuple[int, ...], given: tuple[int, ...], count: int, *flat: Tensor
+) -> tuple[Tensor, ...]:
+    """The vjp of `_grads_loss_aux`: ``H v + c grad L`` by one jvp, and the vjp of aux."""
+    args = flat[:count]
+    cotangents = dict(zip(given, flat[count:], strict=True))
+    totals: list[Tensor | None] = [None] * len(wrt)
+
+    def grads(*params: Tensor) -> tuple[Tensor, ...]:
+        full = (*params, *args[n:])
+        return torch.func.grad(
+            lambda *inputs: fn(*_filled(full, wrt, inputs))[0], argnums=tuple(range(len(wrt)))
+        )(*[full[i] for i in wrt])
+
+    if any(i < n for i in cotangents):
+        v = tuple(
+            cotangents[i] if i in cotangents else torch.zeros_like(args[i]) for i in range(n)
+        )
+        first, totals_ = torch.func.jvp(grads, args[:n], v)
+        totals = list(totals_)
+    elif n in cotangents:
+        first = grads(*args[:n])
+    if n in cotangents:
+        totals = [_plus(t, cotangents[n] * g) for t, g in zip(totals, first, strict=True)]
+    aux = [i for i in given if i > n]
+    if aux:
+        pulled = _autodiff.vjp(
+            lambda *inputs: tuple(fn(*_filled(args, wrt, inputs))[i - n] for i in aux),
+            [args[i] for i in wrt],
+            [cotangents[i] for i in aux],
+        )
+        totals = [_plus(t, g) for t, g in zip(totals, pulled, strict=True)]
+    return tuple(t for t in totals if t is not None)
+
+
+def _push(fn: Any, n: int, wrt: tuple[int, ...], count: int, *flat: Tensor) -> tuple[Tensor, ...]:
+    args, tangents = flat[:count], flat[count:]
+    return torch.func.jvp(
+        lambda *inputs: _grads_loss_aux(fn, n, *_filled(args, wrt, inputs)),
+        tuple(args[i] for i in wrt),
+        tangents,
+    )[1]
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term

@@ -1,0 +1,150 @@
+"""Rematerialisation: keep a function's inputs, compute its insides again when they are needed.
+
+`torch.utils.checkpoint` does not compose with `torch.func`. Here the function runs inside one
+`autograd.Function` with rules for reverse mode, forward mode and vmap; its backward is the vjp of
+the recomputed function and is *itself* such a Function, so that any order and nesting works.
+
+Reference: Griewank, Walther, "Algorithm 799: Revolve" (2000); Chen et al. 1604.06174.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import _autodiff, trees
+
+__all__ = ["remat"]
+
+FlatFn = Callable[..., tuple[Tensor, ...]]
+
+
+def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, saving only its arguments for the backward pass.
+
+    Args:
+        fn: pure function of trees of tensors, returning a tree of tensors. It must not close over
+            a tensor that is being differentiated or batched (see ``fmeta._guard``).
+
+    Returns:
+        A function with the same values and the same derivatives of every order and kind.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any) -> Any:
+        inputs, spec = trees.flatten(args)
+        constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+        found: list[Any] = []  # structure and constants of the result, known after the first run
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            it = iter(tensors)
+            result = fn(*trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants]))
+            leaves, out_spec = trees.flatten(result)
+            if not found:
+                found.append((out_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]))
+            return _distinct([x for x in leaves if isinstance(x, Tensor)], tensors)
+
+        outputs = iter(_Remat.apply(flat, *[x for x in inputs if isinstance(x, Tensor)]))
+        out_spec, out_constants = found[0]
+        return trees.unflatten(
+            out_spec, [next(outputs) if c is None else c[0] for c in out_constants]
+        )
+
+    return wrapped
+
+
+def _distinct(outputs: list[Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An autograd.Function must return new tensors: no input, none twice."""
+    seen = {id(x) for x in inputs}
+    result = []
+    for x in outputs:
+        result.append(x.view_as(x) if id(x) in seen else x)
+        seen.add(id(x))
+    return tuple(result)
+
+
+class _Remat(torch.autograd.Function):
+    """``apply(fn, *tensors)``; forward runs below every functorch level, on plain tensors."""
+
+    @staticmethod
+    def forward(fn: FlatFn, *args: Tensor) -> tuple[Tensor, ...]:
+        return fn(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fn, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args)
+        ctx.save_for_forward(*args)
+        ctx.differentiable = [_autodiff.is_differentiable(x) for x in output]
+        ctx.mark_non_differentiable(*[x for x in output if not _autodiff.is_differentiable(x)])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        args = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        wrt = tuple(
+            i
+            for i, (x, n) in enumerate(zip(args, needed, strict=True))
+            if n and _autodiff.is_differentiable(x)
+        )
+        out = tuple(i for i, c in enumerate(cotangents) if c is not None)
+        grads: list[Tensor | None] = [None] * len(args)
+        if wrt and out:
+            pull = functools.partial(_vjp, ctx.fn, wrt, out, len(args))
+            given = [c for c in cotangents if c is not None]
+            for i, g in zip(wrt, _Remat.apply(pull, *args, *given), strict=True):
+                grads[i] = g
+        return (None, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _fn: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = ctx.saved_tensors
+        wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
+        push = functools.partial(_jvp, ctx.fn, wrt, len(args))
+        out = _Remat.apply(push, *args, *[t for t in tangents if t is not None])
+        # A result that does not depend on the input comes back as itself, without a tangent.
+        return tuple(x if d else None for x, d in zip(out, ctx.differentiable, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fn: FlatFn, *args: Tensor) -> Any:
+        batched = functools.partial(_vmap, fn, tuple(in_dims[1:]), info.randomness)
+        out = _Remat.apply(batched, *args)
+        return out, (0,) * len(out)
+
+
+def _vjp(
+    fn: FlatFn, wrt: tuple[int, ...], out: tuple[int, ...], n: int, *flat: Tensor
+) -> tuple[Tensor, ...]:
+    args, cotangents = flat[:n], flat[n:]
+
+    def partial(*inputs: Tensor) -> tuple[Tensor, ...]:
+        result = fn(*_filled(args, wrt, inputs))
+        return tuple(result[i] for i in out)
+
+    return _distinct(
+        list(_autodiff.vjp(partial, [args[i] for i in wrt], cotangents)), flat
+    )
+
+
+def _jvp(fn: FlatFn, wrt: tuple[int, ...], n: int, *flat: Tensor) -> tuple[Tensor, ...]:
+    args, tangents = flat[:n], flat[n:]
+    out = torch.func.jvp(
+        lambda *inputs: fn(*_filled(args, wrt, inputs)), tuple(args[i] for i in wrt), tangents
+    )[1]
+    return _distinct(list(out), flat)
+
+
+def _vmap(fn: FlatFn, in_dims: tuple[Any, ...], randomness: str, *args: Tensor) -> Any:
+    return torch.vmap(fn, in_dims=in_dims, randomness=randomness)(*args)
+
+
+def _filled(args: tuple[Tensor, ...], wrt: tuple[int, ...], values: Any) -> list[Tensor]:
+    full = list(args)
+    for i, value in zip(wrt, values, strict=True):
+        full[i] = value
+    return full

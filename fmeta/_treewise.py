@@ -1,0 +1,141 @@
+"""`treewise`: an optimizer whose tensors talk to each other (hierarchical rules)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta._lift import Leaves, lift
+from fmeta._tensorwise import check_delta, delta_of, required
+from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
+
+__all__ = ["treewise"]
+
+Tree = Any
+
+
+def treewise(rule: Any) -> Optimizer:
+    """Lifts a rule with a state across tensors: summarise each, mix all, update each.
+
+    With L tensors, one update is ``summary`` for each tensor (batched over tensors of one shape),
+    one ``mix`` over the stacked summaries (one matmul for all tensors, not one each), and
+    ``update`` for each tensor with what ``mix`` tells it.
+
+    Args:
+        rule: an object with
+
+            - ``init(generator) -> opt_params``;
+            - ``init_hidden(opt_params, param: (*leaf)) -> dict``, state of the coordinates;
+            - ``init_tensor(opt_params, param) -> dict`` of tensors ``(*s)``, state of one tensor
+              (an RNN over tensors; optional);
+            - ``init_shared(opt_params, model_params[, num_steps=]) -> dict``, state of the whole
+              model (optional; gets ``num_steps`` when that is in ``needs``);
+            - ``summary(opt_params, param, grad, hidden) -> (S,)``;
+            - ``mix(opt_params, summaries: (L, S), tensors: dict of (L, *s), shared[, loss=,
+              extras=]) -> (controls: (L, C), tensors, shared)``; L counts the tensors with a
+              gradient, in the order of `fmeta.trees.flatten`;
+            - ``update(opt_params, param, grad, hidden, control: (C,)) -> (delta, hidden)``, or
+              ``step(...) -> (param, hidden)``;
+            - ``needs`` (optional): then ``mix`` gets ``loss=`` and ``extras=``.
+
+    Returns:
+        An `Optimizer`; the hidden dict at a leaf is what ``init_hidden`` gives and, under
+        ``"tensor"``, what ``init_tensor`` gives.
+
+    Raises:
+        TypeError: when the rule lacks a function.
+
+    Example:
+        >>> class NormShare:                            # each tensor's share of the gradient norm
+        ...     init = staticmethod(lambda generator: {"lr": torch.tensor(1.0)})
+        ...     init_hidden = staticmethod(lambda th, p: {})
+        ...     summary = staticmethod(lambda th, p, g, h: g.norm()[None])
+        ...     mix = staticmethod(lambda th, s, tensors, shared: (s / s.sum(), tensors, shared))
+        ...     update = staticmethod(lambda th, p, g, h, c: (-th["lr"] * c[0] * g, h))
+        >>> share = treewise(NormShare)
+        >>> p = [torch.zeros(1), torch.zeros(1)]
+        >>> g = [torch.ones(1), 3 * torch.ones(1)]
+        >>> share.step(share.init(), p, g, share.init_hidden(share.init(), p))[0]
+        [tensor([-0.2500]), tensor([-2.2500])]
+
+    Reference:
+        Wichrowska et al. 1703.04813 (hierarchical RNN); Metz et al. 2211.09760 (VeLO).
+    """
+    init, init_hidden = required(rule, "init"), required(rule, "init_hidden")
+    summary, mix = required(rule, "summary"), required(rule, "mix")
+    change = delta_of(rule)
+    init_tensor = getattr(rule, "init_tensor", lambda th, p: {})
+    init_shared = getattr(rule, "init_shared", lambda th, ps, **extra: {})
+    needs = frozenset(getattr(rule, "needs", ()))
+
+    def init_leaf(th: Tree, p: Tensor) -> dict[str, Any]:
+        return {**init_hidden(th, p), "tensor": init_tensor(th, p)}
+
+    def summarise(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
+        return summary(th, p, g, _own(h)), h
+
+    def update_leaf(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor) -> Any:
+        delta, new = change(th, p, g, _own(h), control)
+        check_delta(delta, p)
+        return delta, {**new, "tensor": h["tensor"]}
+
+    # Both passes over the tensors reuse the grouping of `lift`; the first one's "delta" is the
+    # summary, the second one's "hyper-parameter" the row of controls.
+    first = lift(init, init_leaf, summarise)
+
+    def start(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check_num_steps(needs, num_steps)
+        extra = {"num_steps": num_steps} if "num_steps" in needs else {}
+        leaves = first.init_hidden(opt_params, model_params).leaves
+        return Hidden(leaves, init_shared(opt_params, model_params, **extra))
+
+    def update(
+        opt_params: Tree,
+        model_params: Tree,
+        grads: Tree,
+        hidden: Hidden,
+        *,
+        loss: Tensor | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> tuple[Tree, Hidden]:
+        check_needs(needs, loss, extras)
+        at = Leaves(model_params, grads, hidden)
+        if not at.active:
+            return at.tree([None] * len(at.params)), hidden
+        found = trees.leaves(first.update(opt_params, model_params, grads, hidden)[0])
+        rows = [found[i] for i in at.active]
+        dtype = rows[0].dtype
+        for x in rows:
+            dtype = torch.promote_types(dtype, x.dtype)
+        columns = [trees.leaves(at.states[i]["tensor"]) for i in at.active]
+        spec = trees.flatten(at.states[at.active[0]]["tensor"])[1]
+        tensors = trees.unflatten(spec, [torch.stack(c) for c in zip(*columns, strict=True)])
+        controls, tensors, shared = mix(
+            trees.cast(opt_params, dtype),
+            torch.stack([x.to(dtype) for x in rows]),
+            tensors,
+            hidden.shared,
+            **({"loss": loss, "extras": extras} if needs else {}),
+        )
+        control: list[Any] = [controls[0]] * len(at.params)
+        states = list(at.states)
+        parts = [x.unbind(0) for x in trees.leaves(tensors)]
+        new_spec = trees.flatten(tensors)[1]
+        for j, i in enumerate(at.active):
+            control[i] = controls[j]
+            own = trees.unflatten(new_spec, [x[j] for x in parts])
+            states[i] = {**states[i], "tensor": own}
+        second = lift(init, init_leaf, update_leaf, hypers=lambda th: {"control": at.tree(control)})
+        return second.update(
+            opt_params, model_params, grads, Hidden(at.tree(states), shared)
+        )
+
+    return Optimizer(lambda generator=None: init(generator), start, update, needs)
+
+
+def _own(h: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in h.items() if k != "tensor"}

@@ -1,0 +1,246 @@
+"""Inner training: one step of it, and its scan over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fmeta import _guard, trees
+from fmeta._autodiff import grad_and_value
+from fmeta._mixed import mixed_grad_and_value
+from fmeta._scan import CURE, loop_length, scan
+from fmeta.optimizer import Optimizer, apply_updates, check_needs, check_params
+
+__all__ = ["InnerState", "Run", "inner_step", "unroll"]
+
+Tree = Any
+
+
+class InnerState(NamedTuple):
+    """What inner training carries from step to step.
+
+    Attributes:
+        params: the model's parameters.
+        hidden: the optimizer's state.
+        model_state: the model's own state (running statistics, an RNN state); ``()`` for none.
+    """
+
+    params: Any
+    hidden: Any
+    model_state: Any = ()
+
+
+class Run(NamedTuple):
+    """The result of `unroll`.
+
+    Attributes:
+        losses: shape ``(T,)``, the training loss before each update.
+        params: the parameters after T updates.
+        hidden: the optimizer's state after T updates.
+        model_state: the model's state after T updates; ``()`` when there is none, so that a whole
+            Run can leave ``vmap`` (which takes tensors only).
+        eval_losses: shape ``(T,)``, the evaluation loss after each update; or ``()``.
+    """
+
+    losses: Tensor
+    params: Any
+    hidden: Any
+    model_state: Any = ()
+    eval_losses: Any = ()
+
+
+def inner_step(
+    optimizer: Optimizer,
+    loss_fn: Callable[..., Any],
+    *,
+    loss_args: Sequence[Tree] = (),
+    first_order: bool | str = False,
+    mixed_mode: bool = False,
+) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
+    """One step of inner training as a pure function.
+
+    Args:
+        optimizer: any `Optimizer`.
+        loss_fn: ``(params, batch, *loss_args) -> scalar``, or with a model state
+            ``(params, batch, model_state, *loss_args) -> (scalar, model_state)``.
+        loss_args: default of the step's argument of that name.
+        first_order, mixed_mode: as in `unroll`.
+
+    Returns:
+        ``step(opt_params, state, batch, *, loss_args=(), extras=None) -> (state, metrics)`` with an
+        `InnerState` and ``metrics = {"loss": loss before the update}``.
+
+    Raises:
+        ValueError: for an unknown ``first_order``; later, for a loss that is not a scalar, or trees
+            that do not match (with the path).
+    """
+    order = _order(first_order)
+    gradient = mixed_grad_and_value if mixed_mode else grad_and_value
+    default_args = tuple(loss_args)
+
+    def step(
+        opt_params: Tree,
+        state: InnerState,
+        batch: Tree,
+        *,
+        loss_args: Sequence[Tree] | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> tuple[InnerState, dict[str, Tensor]]:
+        params, hidden, model_state = state
+        args = default_args if loss_args is None else tuple(loss_args)
+        if _absent(model_state):
+            grads, (loss, new_state) = gradient(
+                lambda p, b, a: (loss_fn(p, b, *a), ()), params, batch, args
+            )
+        else:
+            grads, (loss, new_state) = gradient(
+                lambda p, b, s, a: _pair(loss_fn(p, b, s, *a)), params, batch, model_state, args
+            )
+        read_params, read_loss = params, loss
+        if order is not None:
+            grads = _detached(grads)
+        if order == "inputs":
+            read_params, read_loss = _detached(params), loss.detach()
+        delta, hidden = optimizer.update(
+            opt_params, read_params, grads, hidden, loss=read_loss, extras=extras
+        )
+        return InnerState(apply_updates(params, delta), hidden, new_state), {"loss": loss}
+
+    return step
+
+
+def unroll(
+    optimizer: Optimizer,
+    loss_fn: Callable[..., Any],
+    opt_params: Tree,
+    model_params: Tree,
+    batches: Tree,
+    *,
+    loss_args: Sequence[Tree] = (),
+    hidden: Tree = None,
+    num_steps: int | Tensor | None = None,
+    model_state: Tree = None,
+    extras: Mapping[str, Any] | None = None,
+    first_order: bool | str = False,
+    checkpoint: str | int | None = None,
+    mixed_mode: bool = False,
+    eval_batches: Tree = None,
+    eval_loss_fn: Callable[..., Any] | None = None,
+) -> Run:
+    """Trains a model for T steps, as a pure function of everything that goes in.
+
+    Its gradient with respect to ``opt_params`` is what learns an optimizer, with respect to
+    ``model_params`` what learns an initialisation, with respect to both what learns both.
+
+    Args:
+        optimizer: any `Optimizer`.
+        loss_fn: ``(params, batch, *loss_args) -> scalar``, or with ``model_state``
+            ``(params, batch, model_state, *loss_args) -> (scalar, model_state)``. The inner
+            gradient is with respect to ``params`` only.
+        opt_params: what the optimizer learns.
+        model_params: initial parameters, tree of floating tensors.
+        batches: tree of tensors with leading dimension T; step t sees slice t.
+        loss_args: trees that the loss reads beside the batch: whatever is being differentiated or
+            batched from outside must stand here under ``checkpoint`` or ``mixed_mode``.
+        hidden: the optimizer's state to go on from; by default ``optimizer.init_hidden``.
+        num_steps: horizon for ``init_hidden``, int or scalar tensor; default T.
+        model_state: the model's state to start from, any tree of tensors.
+        extras: further inputs of the rule by name, each with leading dimension T.
+        first_order: ``False``: exact. ``"gradients"`` (or True): the gradients that enter the rule
+            are constants (first-order MAML; 1606.04474). ``"inputs"``: gradients, parameters and
+            loss are constants where the rule reads them. The path through ``params + delta`` and
+            through ``hidden`` is never cut, and values are equal in all three.
+        checkpoint: ``None``, ``"sqrt"`` or a number of snapshots, see `fmeta.scan`.
+        mixed_mode: Hessian-vector products forward over reverse (2505.00793): same values, less
+            memory a step, more time on small models. With ``first_order`` there is no such
+            product to take, so the two together are refused.
+        eval_batches: tree with leading dimension T; after update t, slice t is evaluated.
+        eval_loss_fn: like ``loss_fn`` (its model state is discarded); default ``loss_fn``.
+
+    Returns:
+        A `Run`.
+
+    Raises:
+        ValueError: T = 0 or leading dimensions that differ, trees that do not match, something
+            that the rule needs and did not get, unknown options, closed-over traced tensors under
+            ``checkpoint`` or ``mixed_mode``.
+        TypeError: a parameter that is not a floating tensor (with its path).
+
+    Example:
+        >>> import torch, fmeta
+        >>> loss = lambda p, target: (p["w"] - target).square().sum()
+        >>> def meta_loss(log_lr):
+        ...     rule = fmeta.learn(fmeta.optimizers.sgd, {"lr": "log"}, lr=0.1)
+        ...     run = fmeta.unroll(rule, loss, log_lr, {"w": torch.ones(1)}, torch.zeros(3))
+        ...     return run.losses.sum()
+        >>> torch.func.grad(meta_loss)({"lr": torch.tensor(-2.0)})["lr"] < 0
+        tensor(True)
+    """
+    check_params(model_params, allow_none=False)
+    if mixed_mode and _order(first_order) is not None:
+        raise ValueError(
+            f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
+            "takes no second derivative that mixed mode could make cheaper; drop one of the two"
+        )
+    if eval_loss_fn is not None and eval_batches is None:
+        raise ValueError("eval_loss_fn is given without eval_batches: give both")
+    xs = {"batches": batches, "extras": extras, "eval_batches": eval_batches}
+    if not any(isinstance(x, Tensor) for x in trees.leaves(batches)):
+        raise ValueError("batches holds no tensor: for data-free losses give torch.zeros(T)")
+    total = loop_length(xs)
+    check_needs(optimizer.needs - {"loss"}, None, extras)
+    if hidden is None:
+        hidden = optimizer.init_hidden(
+            opt_params, model_params, num_steps=total if num_steps is None else num_steps
+        )
+    start = InnerState(model_params, hidden, () if model_state is None else model_state)
+    step = inner_step(optimizer, loss_fn, first_order=first_order, mixed_mode=mixed_mode)
+    evaluate = loss_fn if eval_loss_fn is None else eval_loss_fn
+    args = tuple(loss_args)
+
+    def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
+        state, metrics = step(opt_params, state, x["batches"], loss_args=args, extras=x["extras"])
+        if eval_batches is None:
+            return state, (metrics["loss"],)
+        shown = optimizer.eval_params(opt_params, state.params, state.hidden)
+        if _absent(state.model_state):
+            return state, (metrics["loss"], evaluate(shown, x["eval_batches"], *args))
+        value = _pair(evaluate(shown, x["eval_batches"], state.model_state, *args))[0]
+        return state, (metrics["loss"], value)
+
+    if mixed_mode:
+        state_args = () if _absent(start.model_state) else (start.model_state,)
+        first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, batches)
+        _guard.refuse_closures_and_noise(
+            loss_fn, model_params, first, *state_args, *args, cure=CURE
+        )
+    state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
+    return Run(ys[0], *state, ys[1] if len(ys) > 1 else ())
+
+
+def _absent(model_state: Any) -> bool:
+    return isinstance(model_state, tuple) and model_state == ()
+
+
+def _pair(result: Any) -> tuple[Tensor, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(
+            "with model_state, loss_fn must return (loss, model_state), got "
+            f"a {type(result).__name__}"
+        )
+    return result
+
+
+def _detached(tree: Tree) -> Tree:
+    return trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+
+
+def _order(first_order: bool | str) -> str | None:
+    known = {False: None, True: "gradients", "gradients": "gradients", "inputs": "inputs"}
+    if not isinstance(first_order, (bool, str)) or first_order not in known:
+        raise ValueError(
+            f'first_order must be False, True, "gradients" or "inputs", got {first_order!r}'
+        )
+    return known[first_order]

@@ -1,0 +1,43 @@
+"""Optimizers by name: hand-made baselines and learned rules, all of one type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from fmeta.optimizer import Optimizer
+from fmeta.optimizers._adam import adam, adamw
+from fmeta.optimizers._linear import linear
+from fmeta.optimizers._rmsprop import rmsprop
+from fmeta.optimizers._sgd import per_parameter_sgd, sgd
+
+__all__ = [
+    "BUILDERS",
+    "adam",
+    "adamw",
+    "get",
+    "linear",
+    "per_parameter_sgd",
+    "rmsprop",
+    "sgd",
+]
+
+# Every builder by its name. All but `per_parameter_sgd` (which takes the parameter tree first) can
+# be called without arguments.
+BUILDERS: dict[str, Callable[..., Optimizer]] = {
+    f.__name__: f
+    for f in (sgd, rmsprop, adam, adamw, per_parameter_sgd, linear)
+}
+
+
+def get(name: str) -> Callable[..., Optimizer]:
+    """The builder of that name.
+
+    Raises:
+        ValueError: for an unknown name, with those that are near and all that there are.
+    """
+    if name in BUILDERS:
+        return BUILDERS[name]
+    near = difflib.get_close_matches(name, BUILDERS, n=2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown optimizer {name!r}: {hint}there are {', '.join(BUILDERS)}")

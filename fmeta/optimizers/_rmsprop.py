@@ -1,0 +1,82 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta._lift import lift
+from fmeta.optimizer import Optimizer
+from fmeta.optimizers._common import check_numbers, nothing_to_learn, safe_sqrt
+
+__all__ = ["rmsprop"]
+
+Tree = Any
+
+
+def rmsprop(
+    lr: Any = 1e-2,
+    alpha: Any = 0.99,
+    eps: Any = 1e-8,
+    momentum: Any = 0.0,
+    centered: bool = False,
+) -> Optimizer:
+    """Gradients over the root of their running mean square.
+
+    ``v = alpha v + (1 - alpha) g^2``; ``u = g / (sqrt(v) + eps)``, or with ``centered``
+    ``sqrt(v - a^2)`` for the running mean ``a`` of g; ``m = momentum m + u``; ``p -= lr m``.
+    Equals `torch.optim.RMSprop`.
+
+    Args:
+        lr, alpha, eps, momentum: numbers, scalar tensors or trees shaped like the parameters.
+        centered: divide by an estimate of the standard deviation.
+
+    Returns:
+        An `Optimizer` with empty ``opt_params``; hidden at each leaf: ``v``, and ``m``, ``a`` where
+        used, of the leaf's shape.
+
+    Raises:
+        ValueError: for a negative or NaN number.
+
+    Reference:
+        Tieleman and Hinton, "Lecture 6.5: rmsprop" (2012); centered: Graves 1308.0850, eq. 38-45.
+    """
+    check_numbers("lr", lr)
+    check_numbers("alpha", alpha, below=1.0)
+    check_numbers("eps", eps)
+    check_numbers("momentum", momentum, below=1.0)
+    plain = isinstance(momentum, (int, float)) and momentum == 0
+    names = ("v", *(() if plain else ("m",)), *(("a",) if centered else ()))
+
+    def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) for name in names}
+
+    def update(
+        th: Tree,
+        p: Tensor,
+        g: Tensor,
+        h: dict[str, Tensor],
+        lr: Any,
+        alpha: Any,
+        eps: Any,
+        momentum: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        new = {"v": alpha * h["v"] + (1 - alpha) * g * g}
+        second = new["v"]
+        if centered:
+            new["a"] = alpha * h["a"] + (1 - alpha) * g
+            second = second - new["a"] * new["a"]
+        u = g / (safe_sqrt(second) + eps)
+        if not plain:
+            u = new["m"] = momentum * h["m"] + u
+        return -lr * u, new
+
+    return lift(
+        nothing_to_learn,
+        init_hidden,
+        update,
+        hypers=lambda th: {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum},
+        elementwise=True,
+    )

@@ -1,0 +1,189 @@
+"""Parameter trees: every flattening, matching and grouping of leaves in fmeta goes through here.
+
+A tree is a tensor or a dict, tuple, NamedTuple or list of trees. ``None`` is a leaf ("no gradient
+here", "not this optimizer's leaf"), never an empty subtree. Dicts are matched by key, so their
+insertion order does not matter. Paths are written with ``/``: ``encoder/0.weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cast",
+    "common_device",
+    "compute_dtype",
+    "flatten",
+    "flatten_up_to",
+    "leaves",
+    "map",
+    "match",
+    "path_string",
+    "paths",
+    "shape_classes",
+    "unflatten",
+]
+
+Tree = Any
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """Leaves of a tree (``None`` included) and its structure; dicts in sorted key order."""
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def unflatten(spec: Any, leaves: Iterable[Any]) -> Tree:
+    """The tree of structure ``spec`` with these leaves."""
+    return optree.tree_unflatten(spec, list(leaves))
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Leaves of a tree (``None`` included), dicts in sorted key order."""
+    return optree.tree_flatten(tree, none_is_leaf=True)[0]
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """``fn`` over the leaves of ``tree`` and what stands at the same places in ``rest``."""
+    flat, spec = flatten(tree)
+    columns = [flatten_up_to(spec, other, tree, f"tree {i + 2}") for i, other in enumerate(rest)]
+    return unflatten(spec, [fn(*row) for row in zip(flat, *columns, strict=True)])
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """``("encoder", 0, "weight")`` as ``encoder/0/weight``; the root is ``<root>``."""
+    return "/".join(str(part) for part in path) or "<root>"
+
+
+def paths(tree: Tree) -> list[str]:
+    """The path of each leaf, in the order of `flatten`."""
+    return [path_string(p) for p in optree.tree_paths(tree, none_is_leaf=True)]
+
+
+def flatten_up_to(spec: Any, tree: Tree, like: Tree, what: str) -> list[Any]:
+    """What stands in ``tree`` at each leaf of ``like`` (whose structure is ``spec``).
+
+    Raises:
+        ValueError: naming the first path that is missing or superfluous in ``tree``.
+    """
+    try:
+        return spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(_explain(like, tree, what, str(error))) from None
+
+
+def match(like: Tree, tree: Tree, what: str, *, allow_none: bool = True) -> list[Any]:
+    """Leaves of ``tree``, which must be shaped like the parameter tree ``like``.
+
+    Args:
+        like: the reference, a tree of tensors (or ``None``).
+        tree: a tree of tensors of the same structure and shapes; ``None`` where allowed.
+        what: its name in messages ("the gradient").
+
+    Raises:
+        ValueError: naming path and shapes of the first leaf that does not match.
+    """
+    reference, spec = flatten(like)
+    found = flatten_up_to(spec, tree, like, what)
+    for i, (want, got) in enumerate(zip(reference, found, strict=True)):
+        if got is None and allow_none:
+            continue
+        if want is None and got is None:
+            continue
+        if not isinstance(got, Tensor):
+            raise ValueError(
+                f"{what} at path {paths(like)[i]} is {_describe(got)}, not a tensor: give a tree "
+                "shaped like the parameters, with None only where there is no gradient"
+            )
+        if want is not None and got.shape != want.shape:
+            raise ValueError(
+                f"{what} at path {paths(like)[i]} has shape {tuple(got.shape)}, but the parameter "
+                f"there has shape {tuple(want.shape)}: they must be equal"
+            )
+    return found
+
+
+def common_device(tree: Tree, what: str = "the parameters") -> torch.device | None:
+    """The one device of all tensors of a tree (``None`` for a tree without tensors).
+
+    Raises:
+        ValueError: naming the two paths whose devices differ.
+    """
+    device = None
+    for i, leaf in enumerate(leaves(tree)):
+        if not isinstance(leaf, Tensor):
+            continue
+        if device is None:
+            device, first = leaf.device, i
+        elif leaf.device != device:
+            names = paths(tree)
+            raise ValueError(
+                f"{what} mix devices: {names[first]} is on {device}, {names[i]} on {leaf.device}: "
+                "move them to one device, or use `partition` with one optimizer a device"
+            )
+    return device
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a parameter is updated: its own, but at least float32."""
+    dtype = tensor.dtype
+    if dtype is torch.float32 or dtype is torch.float64:
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """The tree with its floating tensors in ``dtype``; numbers and integer tensors are kept."""
+    flat, spec = flatten(tree)
+    if all(not isinstance(x, Tensor) or x.dtype is dtype for x in flat):
+        return tree
+    return unflatten(
+        spec,
+        [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in flat],
+    )
+
+
+def shape_classes(
+    tensors: Sequence[Tensor | None], *, max_numel: int, min_size: int
+) -> list[list[int]]:
+    """Groups of indices of tensors that are worth stacking: same shape and dtype, small, many.
+
+    Large tensors stay alone: stacking would copy them, and their arithmetic outweighs the calls.
+
+    Args:
+        tensors: leaves; ``None`` ones are in no group.
+        max_numel: tensors with more elements are groups of one.
+        min_size: a class with fewer tensors than this is split into groups of one.
+    """
+    classes: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        small = tensor.numel() <= max_numel
+        key = (tensor.shape, tensor.dtype) if small else i
+        classes.setdefault(key, []).append(i)
+    groups: list[list[int]] = []
+    for members in classes.values():
+        groups += [members] if len(members) >= min_size else [[i] for i in members]
+    return groups
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _explain(like: Tree, tree: Tree, what: str, error: str) -> str:
+    want, got = set(paths(like)), set(paths(tree))
+    # A deeper tree is fine below a leaf (a dict of states at each parameter).
+    missing = sorted(w for w in want if not any(g == w or g.startswith(w + "/") for g in got))
+    extra = sorted(g for g in got if not any(g == w or g.startswith(w + "/") for w in want))
+    parts = [f"path {p} is missing" for p in missing[:3]]
+    parts += [f"path {p} is not in the parameters" for p in extra[:3]]
+    detail = "; ".join(parts) or error
+    return f"{what} is not shaped like the parameters: {detail}"
