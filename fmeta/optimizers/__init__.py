@@ -8,6 +8,8 @@ from collections.abc import Callable
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adam import adam, adamw
 from fmeta.optimizers._linear import linear
+from fmeta.optimizers._lstm import lstm
+from fmeta.optimizers._normalized_mlp import normalized_mlp
 from fmeta.optimizers._rmsprop import rmsprop
 from fmeta.optimizers._sgd import per_parameter_sgd, sgd
 
@@ -17,6 +19,8 @@ __all__ = [
     "adamw",
     "get",
     "linear",
+    "lstm",
+    "normalized_mlp",
     "per_parameter_sgd",
     "rmsprop",
     "sgd",
@@ -26,7 +30,7 @@ __all__ = [
 # be called without arguments.
 BUILDERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f
-    for f in (sgd, rmsprop, adam, adamw, per_parameter_sgd, linear)
+    for f in (sgd, rmsprop, adam, adamw, per_parameter_sgd, linear, lstm, normalized_mlp)
 }
 
 

@@ -1,0 +1,112 @@
+"""Accumulators and features that learned rules share.
+
+Functions with ``out`` write into it where it is given (for callers that own the memory and record
+no derivative) and return a new tensor otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fmeta.optimizers._common import safe_sqrt
+
+__all__ = [
+    "clamped_rsqrt",
+    "ema",
+    "factored_axes",
+    "factors",
+    "normalize",
+    "orthogonalize",
+    "stacked_ema",
+    "start_factored",
+    "sum_of_squares",
+]
+
+
+def ema(old: Tensor, x: Tensor, decay: float, out: Tensor | None = None) -> Tensor:
+    """``decay * old + (1 - decay) * x``."""
+    return torch.lerp(old, x, 1 - decay, out=out)
+
+
+def stacked_ema(old: Tensor, x: Tensor, decays: Sequence[float]) -> Tensor:
+    """EMAs of one quantity with several decays.
+
+    Args:
+        old: shape ``(*x.shape, len(decays))``.
+        x: the new value.
+    """
+    pairs = zip(old.unbind(-1), decays, strict=True)
+    return torch.stack([ema(o, x, decay) for o, decay in pairs], -1)
+
+
+def factored_axes(shape: Sequence[int]) -> tuple[int, int]:
+    """The two largest axes ``(d1, d0)`` of a tensor, d0 the largest; of equal ones the last."""
+    order = sorted(range(len(shape)), key=lambda i: shape[i])
+    return order[-2], order[-1]
+
+
+def start_factored(param: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Zero factored second moments: rows (without axis d0) and columns (without d1) of the mean.
+
+    Returns:
+        ``(row, col)``, with a trailing axis of ``width`` decays.
+    """
+    d1, d0 = factored_axes(param.shape)
+    without = [[n for i, n in enumerate(param.shape) if i != d] for d in (d0, d1)]
+    return param.new_zeros(*without[0], width), param.new_zeros(*without[1], width)
+
+
+def clamped_rsqrt(x: Tensor, floor: float = 1e-9) -> Tensor:
+    """``1 / sqrt(max(x, floor))``: value and derivatives of every order are finite."""
+    return torch.rsqrt(torch.clamp(x, min=floor))
+
+
+def factors(row: Tensor, col: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Adafactor's factors, whose product stands for ``1 / sqrt`` of the second moment.
+
+    Args:
+        row: means over axis d0, ``(*leaf without d0, width)``.
+        col: means over axis d1, ``(*leaf without d1, width)``.
+        axes: ``(d1, d0)``.
+
+    Returns:
+        ``(row_factor, col_factor)`` of the shapes of ``row`` and ``col``.
+    """
+    d1, d0 = axes
+    total = row.mean(d1 - 1 if d1 > d0 else d1, keepdim=True)
+    return clamped_rsqrt(row / (total + 1e-9)), clamped_rsqrt(col)
+
+
+def sum_of_squares(x: Tensor, dims: tuple[int, ...], fused: bool = False) -> Tensor:
+    """Sum of squares over ``dims``, which stay as size 1.
+
+    Args:
+        fused: without a temporary; has no second derivative at 0.
+    """
+    if fused:
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+    return x.square().sum(dims, keepdim=True) if dims else x.square()
+
+
+def normalize(x: Tensor, dims: tuple[int, ...], eps: float = 1e-9) -> Tensor:
+    """``x / sqrt(eps + mean(x^2))``, the mean over ``dims``."""
+    mean = x.square().mean(dims, keepdim=True) if dims else x.square()
+    return x * torch.rsqrt(eps + mean)
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz: the singular values of ``(*, rows, columns)`` are moved to about 1.
+
+    Reference:
+        Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + 1e-8)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
