@@ -1,0 +1,135 @@
+"""Files: written atomically, trees as safetensors (never pickle), errors that name path and cure."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fmeta import trees
+
+__all__ = [
+    "load_tree",
+    "read_metadata",
+    "save_tree",
+    "writable_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes the folder and proves that a file can be written there, before any work is done.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-"):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"cannot write into the folder {folder}: {error.strerror or error}; choose another one"
+        ) from None
+    return folder
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file atomically: readers see the old file or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_tree(
+    path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a tree of tensors as one safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tree: tree of tensors; each is stored under its path (``encoder/0.weight``).
+        metadata: strings stored in the file's header.
+    """
+    tensors = {
+        name: x.detach().cpu().contiguous().clone()
+        for name, x in zip(trees.paths(tree), trees.leaves(tree), strict=True)
+    }
+    write_bytes(path, safetensors.torch.save(tensors, dict(metadata or {})))
+
+
+def load_tree(path: str | os.PathLike[str], like: Any) -> Any:
+    """Reads a tree of tensors that `save_tree` wrote.
+
+    Args:
+        path: the file.
+        like: a tree of the same structure; names, shapes and dtypes are checked against it.
+
+    Raises:
+        ValueError: no safetensors file, or arrays that are missing, superfluous or of another
+            shape or dtype (with their names).
+    """
+    tensors = _read(path)
+    names = trees.paths(like)
+    missing = [n for n in names if n not in tensors]
+    extra = [n for n in tensors if n not in names]
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not hold the expected arrays: missing {missing or 'none'}, "
+            f"unexpected {extra or 'none'}; was it written by another rule or version?"
+        )
+    flat, spec = trees.flatten(like)
+    for name, want in zip(names, flat, strict=True):
+        got = tensors[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise ValueError(
+                f"{path}: array {name} has shape {tuple(got.shape)} and dtype {got.dtype}, "
+                f"expected {tuple(want.shape)} and {want.dtype}"
+            )
+    return trees.unflatten(spec, [tensors[n] for n in names])
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings in the header of a safetensors file."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    read_metadata(path)
+    with torch.no_grad():
+        return safetensors.torch.load_file(str(path))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file atomically, through a temporary one beside it."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,88 @@
+"""fmeta's own weight files."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from fmeta import _files, optimizers, trees
+from fmeta.optimizer import Optimizer
+
+__all__ = ["load", "save"]
+
+_FORMAT = "fmeta-1"
+
+
+def save(
+    path: str | os.PathLike[str], rule_name: str, opt_params: Any, **builder_arguments: Any
+) -> None:
+    """Writes the weights of a rule, with its name and arguments, atomically.
+
+    Args:
+        path: a ``.safetensors`` file.
+        rule_name: name of a builder in `fmeta.optimizers`.
+        opt_params: what the rule learned, structured as its ``init`` gives it.
+        **builder_arguments: the builder's arguments (numbers, strings, lists of these).
+
+    Raises:
+        ValueError: unknown rule, weights that do not fit it (with the path), or arguments that
+            JSON cannot hold.
+    """
+    _check_like(rule_name, builder_arguments, opt_params)
+    try:
+        arguments = json.dumps(builder_arguments, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"builder arguments must be plain values: {error}") from None
+    metadata = {"format": _FORMAT, "rule": rule_name, "arguments": arguments}
+    _files.save_tree(path, opt_params, metadata)
+
+
+def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimizer, Any]:
+    """Reads weights that `save` wrote.
+
+    Args:
+        path: a ``.safetensors`` file.
+        **builder_arguments: override those in the file (another ``lr``, say).
+
+    Returns:
+        ``(optimizer, opt_params)``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole safetensors file, one of another program, or arrays that do not fit
+            the rule (with their names).
+
+    Example:
+        >>> import tempfile, fmeta.optimizers
+        >>> path = tempfile.mkdtemp() + "/weights.safetensors"
+        >>> save(path, "linear", fmeta.optimizers.linear(lr=0.5).init(), lr=0.5)
+        >>> load(path)[1]
+        {'weight': tensor([[-0.5000,  0.0000]])}
+    """
+    metadata = _files.read_metadata(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} was not written by fmeta.pretrained.save (its format is "
+            f"{metadata.get('format')!r}, expected {_FORMAT!r})"
+        )
+    arguments = {**json.loads(metadata["arguments"]), **builder_arguments}
+    optimizer = _build(metadata["rule"], arguments)
+    return optimizer, _files.load_tree(path, optimizer.init())
+
+
+def _build(rule_name: str, arguments: dict[str, Any]) -> Optimizer:
+    builder = optimizers.get(rule_name)
+    try:
+        return builder(**arguments)
+    except TypeError as error:
+        raise ValueError(f"rule {rule_name!r} cannot be built with {arguments}: {error}") from None
+
+
+def _check_like(rule_name: str, arguments: dict[str, Any], opt_params: Any) -> None:
+    trees.match(
+        _build(rule_name, arguments).init(),
+        opt_params,
+        f"opt_params of {rule_name}",
+        allow_none=False,
+    )
