@@ -1,4 +1,4 @@
-"""Files: written atomically, trees as safetensors (never pickle), errors that name path and cure."""
+"""Files: written atomically, trees as safetensors, errors that name the path and the cure."""
 
 from __future__ import annotations
 

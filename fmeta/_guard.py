@@ -24,7 +24,14 @@ _functorch = torch._C._functorch
 
 # Reading these is not using a tensor's values ("__get__" is any property, such as .shape).
 _METADATA = {"__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point"}
-_METADATA |= {"is_inference", "is_complex", "__len__", "element_size", "get_device", "untyped_storage"}
+_METADATA |= {
+    "is_inference",
+    "is_complex",
+    "__len__",
+    "element_size",
+    "get_device",
+    "untyped_storage",
+}
 
 
 def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> None:
@@ -64,9 +71,7 @@ class _Refuse(TorchFunctionMode):
         self.recording = recording
         self.depth = _functorch.get_dynamic_layer_stack_depth()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
         if name not in _METADATA:
             for x in trees.leaves((args, kwargs)):

@@ -80,9 +80,7 @@ def learn(
         if name not in arguments and signature.parameters[name].default is inspect.Parameter.empty:
             raise ValueError(f"{label} has no default for {name!r}: give learn(..., {name}=...)")
     constants = {k: v for k, v in arguments.items() if k not in transforms}
-    starts = {
-        name: arguments.get(name, signature.parameters[name].default) for name in transforms
-    }
+    starts = {name: arguments.get(name, signature.parameters[name].default) for name in transforms}
     learned = {
         name: trees.map(lambda x, n=name: _to_coordinate(x, transforms[n], n), value)
         for name, value in starts.items()

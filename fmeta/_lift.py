@@ -75,7 +75,7 @@ def start_leaves(
     """A tree with ``init_leaf(opt_params, param)`` at each leaf, in the compute dtype."""
     check_params(model_params)
     flat, spec = trees.flatten(model_params)
-    states = []
+    states: list[dict[str, Any]] = []
     for param in flat:
         if param is None:
             states.append({})
@@ -208,9 +208,7 @@ def _broadcast_group(
         return out.reshape(-1, *ones) if out.ndim == 1 else out
 
     ps, gs, states, hypers = zip(*rows, strict=True)
-    columns = {
-        k: torch.stack([s[k] for s in states]) for k in states[0]
-    }
+    columns = {k: torch.stack([s[k] for s in states]) for k in states[0]}
     scalars = {k for k, v in columns.items() if v.ndim == 1}
     delta, state = update_leaf(
         theta,
@@ -220,12 +218,8 @@ def _broadcast_group(
         **{k: stack([h[k] for h in hypers]) for k in hypers[0]},
         **extra,
     )
-    rows_out = {
-        k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in state.items()
-    }
-    return [
-        (d, {k: v[i] for k, v in rows_out.items()}) for i, d in enumerate(delta.unbind(0))
-    ]
+    rows_out = {k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in state.items()}
+    return [(d, {k: v[i] for k, v in rows_out.items()}) for i, d in enumerate(delta.unbind(0))]
 
 
 def _vmap_group(
@@ -234,7 +228,9 @@ def _vmap_group(
     ps, gs, states, hypers = zip(*rows, strict=True)
     shared = {k: hypers[0][k] for k in hypers[0] if all(h[k] is hypers[0][k] for h in hypers)}
     own = {
-        k: torch.stack([h[k] if isinstance(h[k], Tensor) else ps[0].new_tensor(h[k]) for h in hypers])
+        k: torch.stack(
+            [h[k] if isinstance(h[k], Tensor) else ps[0].new_tensor(h[k]) for h in hypers]
+        )
         for k in hypers[0]
         if k not in shared
     }
@@ -244,7 +240,9 @@ def _vmap_group(
     found: list[Any] = []
 
     def one(p: Tensor, g: Tensor, state: list[Tensor], own: dict[str, Tensor]) -> Any:
-        delta, new = update_leaf(theta, p, g, trees.unflatten(spec, state), **shared, **own, **extra)
+        delta, new = update_leaf(
+            theta, p, g, trees.unflatten(spec, state), **shared, **own, **extra
+        )
         leaves, new_spec = trees.flatten(new)
         found.append(new_spec)
         return delta, tuple(leaves)

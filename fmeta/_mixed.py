@@ -130,11 +130,9 @@ def _pull(
         )(*[full[i] for i in wrt])
 
     if any(i < n for i in cotangents):
-        v = tuple(
-            cotangents[i] if i in cotangents else torch.zeros_like(args[i]) for i in range(n)
-        )
-        first, totals_ = torch.func.jvp(grads, args[:n], v)
-        totals = list(totals_)
+        v = tuple(cotangents[i] if i in cotangents else torch.zeros_like(args[i]) for i in range(n))
+        out = torch.func.jvp(grads, args[:n], v)
+        first, totals = out[0], list(out[1])
     elif n in cotangents:
         first = grads(*args[:n])
     if n in cotangents:

@@ -42,7 +42,9 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             it = iter(tensors)
-            result = fn(*trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants]))
+            result = fn(
+                *trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants])
+            )
             leaves, out_spec = trees.flatten(result)
             if not found:
                 found.append((out_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]))
@@ -126,9 +128,7 @@ def _vjp(
         result = fn(*_filled(args, wrt, inputs))
         return tuple(result[i] for i in out)
 
-    return _distinct(
-        list(_autodiff.vjp(partial, [args[i] for i in wrt], cotangents)), flat
-    )
+    return _distinct(list(_autodiff.vjp(partial, [args[i] for i in wrt], cotangents)), flat)
 
 
 def _jvp(fn: FlatFn, wrt: tuple[int, ...], n: int, *flat: Tensor) -> tuple[Tensor, ...]:

@@ -81,9 +81,7 @@ def scan(
     _check_schedule(checkpoint)
     if checkpoint is None:
         return _plain(body, total, carry, xs, consts)
-    _guard.refuse_closures_and_noise(
-        body, carry, _slice(xs, 0), *consts, cure=CURE
-    )
+    _guard.refuse_closures_and_noise(body, carry, _slice(xs, 0), *consts, cure=CURE)
     if checkpoint == "sqrt":
         # The graph of a step holds several times what a carry does (inner activations and gradients
         # beside parameters and moments), so segments half as long as sqrt(T) balance the two.

@@ -99,12 +99,13 @@ class _NetRule:
     ) -> None:
         if features is None:
             raise TypeError(
-                "tensorwise(module) needs features(param, grad, hidden) -> (*leaf, F); for features "
-                "of one coordinate alone use coordinatewise(module)"
+                "tensorwise(module) needs features(param, grad, hidden) -> (*leaf, F); for "
+                "features of one coordinate alone use coordinatewise(module)"
             )
         self.apply, self.params, self.buffers = functionalize(module)
         self.features = features
-        self.start, self.accumulate = accumulators or (lambda p: {}, lambda p, g, h: h)
+        none: Accumulators = (lambda p: {}, lambda p, g, h: h)
+        self.start, self.accumulate = accumulators or none
 
     def init(self, generator: Any) -> Tree:
         return dict(self.params)

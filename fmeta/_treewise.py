@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,8 +68,8 @@ def treewise(rule: Any) -> Optimizer:
     init, init_hidden = required(rule, "init"), required(rule, "init_hidden")
     summary, mix = required(rule, "summary"), required(rule, "mix")
     change = delta_of(rule)
-    init_tensor = getattr(rule, "init_tensor", lambda th, p: {})
-    init_shared = getattr(rule, "init_shared", lambda th, ps, **extra: {})
+    init_tensor: Callable[..., Any] = getattr(rule, "init_tensor", lambda th, p: {})
+    init_shared: Callable[..., Any] = getattr(rule, "init_shared", lambda th, ps, **extra: {})
     needs = frozenset(getattr(rule, "needs", ()))
 
     def init_leaf(th: Tree, p: Tensor) -> dict[str, Any]:
@@ -130,9 +130,7 @@ def treewise(rule: Any) -> Optimizer:
             own = trees.unflatten(new_spec, [x[j] for x in parts])
             states[i] = {**states[i], "tensor": own}
         second = lift(init, init_leaf, update_leaf, hypers=lambda th: {"control": at.tree(control)})
-        return second.update(
-            opt_params, model_params, grads, Hidden(at.tree(states), shared)
-        )
+        return second.update(opt_params, model_params, grads, Hidden(at.tree(states), shared))
 
     return Optimizer(lambda generator=None: init(generator), start, update, needs)
 

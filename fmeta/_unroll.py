@@ -217,7 +217,8 @@ def unroll(
             loss_fn, model_params, first, *state_args, *args, cure=CURE
         )
     state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
-    return Run(ys[0], *state, ys[1] if len(ys) > 1 else ())
+    evals = ys[1] if len(ys) > 1 else ()
+    return Run(ys[0], state.params, state.hidden, state.model_state, evals)
 
 
 def _absent(model_state: Any) -> bool:

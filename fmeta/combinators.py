@@ -207,9 +207,7 @@ def masked(optimizer: Optimizer, mask: Tree | Callable[[str, Tensor], bool]) -> 
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)
 
 
-def scheduled(
-    optimizer: Optimizer, schedule: Callable[[Tensor, Tensor | None], Any]
-) -> Optimizer:
+def scheduled(optimizer: Optimizer, schedule: Callable[[Tensor, Tensor | None], Any]) -> Optimizer:
     """The optimizer's delta times ``schedule(t, num_steps)``.
 
     Args:
@@ -355,7 +353,9 @@ def _start(optimizer: Optimizer, opt_params: Tree, model_params: Tree, num_steps
 
 def _only(tree: Tree, where: list[Any], key: Any) -> Tree:
     flat, spec = trees.flatten(tree)
-    return trees.unflatten(spec, [x if w == key else None for x, w in zip(flat, where, strict=True)])
+    return trees.unflatten(
+        spec, [x if w == key else None for x, w in zip(flat, where, strict=True)]
+    )
 
 
 def _merged(model_params: Tree, parts: dict[str, Hidden]) -> Hidden:

@@ -1,4 +1,4 @@
-"""Randomness: one generator for each use, made from a seed and integers, never from global state."""
+"""Randomness: one generator for each use, made from a seed and integers."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ def full(
         return score(run), run.losses
 
     def average(meta_params: Any, tasks: Any, shown: Any) -> tuple[Tensor, Tensor]:
-        scores, losses = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))(meta_params, *tasks, shown)
+        scores, losses = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))(
+            meta_params, tasks.config, tasks.model_params, tasks.batches, shown
+        )
         return scores.mean(), losses
 
     def init(meta_params: Any, seed: int) -> FullState:

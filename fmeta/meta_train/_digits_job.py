@@ -67,7 +67,7 @@ def train_on_digits(
     pretrained.save(folder / "weights.safetensors", config.rule, result.meta_params)
 
     say("tuning the baselines on validation images")
-    lengths = {"num_steps": config.eval_steps, "num_seeds": config.eval_seeds}
+    lengths: dict[str, Any] = {"num_steps": config.eval_steps, "num_seeds": config.eval_seeds}
     rates = {
         name: evaluate.tune(family, builder, RATES, seed=config.seed + _TUNING, **lengths)
         for name, builder in (("sgd", optimizers.sgd), ("adam", optimizers.adam))

@@ -27,9 +27,9 @@ def adam(
 ) -> Optimizer:
     """Adam: ``p -= lr * (m / c1) / (sqrt(v / c2 + eps_root) + eps)``.
 
-    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``ci = 1 - bi^t``, with a count t of its
-    own for each leaf. With ``eps_root = 0`` it equals `torch.optim.Adam`. The derivative of the root
-    is taken as 0 where v is 0, so that meta-gradients stay finite.
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``ci = 1 - bi^t``, with a count t of
+    its own for each leaf. With ``eps_root = 0`` it equals `torch.optim.Adam`. The derivative of
+    the root is taken as 0 where v is 0, so that meta-gradients stay finite.
 
     Args:
         lr, eps, eps_root: numbers, scalar tensors or trees shaped like the parameters.

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["bias_correction", "check_number", "check_numbers", "count", "nothing_to_learn", "safe_sqrt"]
+__all__ = [
+    "bias_correction",
+    "check_number",
+    "check_numbers",
+    "count",
+    "nothing_to_learn",
+    "safe_sqrt",
+]
 
 
 def nothing_to_learn(generator: torch.Generator | None = None) -> dict[str, Any]:
@@ -40,9 +47,7 @@ def check_numbers(name: str, value: Any, **limits: Any) -> None:
         check_number(name, x, **limits)
 
 
-def check_number(
-    name: str, value: Any, *, below: float = math.inf, positive: bool = False
-) -> None:
+def check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
     """Raises a ValueError for a Python number that cannot be meant: NaN, negative, too large.
 
     Tensors are not looked at (they may be traced, or under vmap).

@@ -62,7 +62,11 @@ def sgd(lr: Any = 1e-3, momentum: Any = 0.0, nesterov: bool = False) -> Optimize
 
     if plain:
         return lift(
-            nothing_to_learn, init_plain, update_plain, hypers=lambda th: {"lr": lr}, elementwise=True
+            nothing_to_learn,
+            init_plain,
+            update_plain,
+            hypers=lambda th: {"lr": lr},
+            elementwise=True,
         )
     return lift(
         nothing_to_learn,
@@ -94,9 +98,7 @@ def per_parameter_sgd(like: Tree, lr: Any = 0.01) -> Optimizer:
     starts = [lr] * len(flat)
     if not isinstance(lr, (int, float)) and not (isinstance(lr, Tensor) and lr.ndim == 0):
         starts = trees.flatten_up_to(spec, lr, like, "lr (a tree)")
-    rates = trees.unflatten(
-        spec, [_filled_like(p, x) for p, x in zip(flat, starts, strict=True)]
-    )
+    rates = trees.unflatten(spec, [_filled_like(p, x) for p, x in zip(flat, starts, strict=True)])
 
     def update(
         th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], lr: Tensor
