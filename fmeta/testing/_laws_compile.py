@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from functorch import make_fx
+from functorch import make_fx  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.func import grad
 
 from fmeta import trees
-from fmeta.testing._case import Case, assert_close, floating, leaf_names
+from fmeta.testing._case import Case, floating
+from fmeta.testing._compare import assert_close, leaf_names
 from fmeta.testing._registry import law
 
 Tree = Any
@@ -86,7 +87,7 @@ def compiles_once(optimizer: Any, params: Tree, *, steps: int = 6, **setup: Any)
 
 @law(once=True)
 def runs_on_meta(optimizer: Any, params: Tree, **setup: Any) -> None:
-    """On the ``meta`` device (shapes without values) a step and a meta-gradient have right kinds."""
+    """On the ``meta`` device, which has no values, steps and meta-gradients have right kinds."""
     case = Case(optimizer, params, **setup)
     p, hidden = case.warm(1)
     meta = case.to("meta")
@@ -106,7 +107,7 @@ def runs_on_meta(optimizer: Any, params: Tree, **setup: Any) -> None:
                 f"{tuple(x.shape)}, {x.dtype} elsewhere"
             )
     x, rebuilt = floating(meta.opt_params, meta.params)
-    grads = grad(lambda x: meta.objective(*rebuilt(x), 3))(x)
+    grads = grad(lambda x: meta.objective(*rebuilt(x), steps=3))(x)
     for a, g in zip(x, grads, strict=True):
         assert (g.shape, g.dtype, g.device) == (a.shape, a.dtype, a.device), (
             f"the meta-gradient of a {tuple(a.shape)} tensor has shape {tuple(g.shape)}"

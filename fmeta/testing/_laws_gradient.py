@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 from fmeta import trees
 from fmeta.random import fold_in
-from fmeta.testing._case import Case, assert_close, floating, leaf_names
+from fmeta.testing._case import Case, floating
+from fmeta.testing._compare import assert_close, leaf_names
 from fmeta.testing._registry import law
 
 Tree = Any
@@ -34,13 +36,11 @@ def zero_gradients_finite(optimizer: Any, params: Tree, *, steps: int = 3, **set
         names = _names(case.opt_params, start)
 
         def meta(x: tuple[Tensor, ...], rebuilt: Any = rebuilt) -> tuple[Tensor, Tree]:
-            run = case.unroll(*rebuilt(x), steps, _flat_loss)
+            run = case.unroll(*rebuilt(x), steps=steps, loss=_flat_loss)
             return _end(run), run.params
 
         grads, run_params = grad(meta, has_aux=True)(x)
-        for name, p in zip(
-            leaf_names(run_params, "params"), trees.leaves(run_params), strict=True
-        ):
+        for name, p in zip(leaf_names(run_params, "params"), trees.leaves(run_params), strict=True):
             assert bool(p.isfinite().all()), f"{name} is not finite with gradients of zero{what}"
         for name, g in zip(names, grads, strict=True):
             assert bool(g.isfinite().all()), (
@@ -63,7 +63,7 @@ def meta_gradients_exact(
     names = _names(case.opt_params, case.params)
 
     def meta(x: tuple[Tensor, ...]) -> Tensor:
-        return case.objective(*rebuilt(x), steps)
+        return case.objective(*rebuilt(x), steps=steps)
 
     grads = grad(meta)(x)
     noise = 1e-7 * (1 + float(meta(x).abs()))
@@ -95,7 +95,7 @@ def first_order_values_equal(optimizer: Any, params: Tree, *, steps: int = 3, **
 
     def values(order: Any) -> Tree:
         def meta(x: tuple[Tensor, ...]) -> tuple[Tensor, Tree]:
-            run = case.unroll(*rebuilt(x), steps, first_order=order)
+            run = case.unroll(*rebuilt(x), steps=steps, first_order=order)
             return _end(run), (run.losses, run.params)
 
         return grad(meta, has_aux=True)(x)[1]
@@ -130,7 +130,7 @@ def checkpoint_changes_nothing(
     )
 
     def objective(schedule: Any) -> Scalar:
-        return lambda x: case.objective(*rebuilt(x), steps, checkpoint=schedule)
+        return lambda x: case.objective(*rebuilt(x), steps=steps, checkpoint=schedule)
 
     plain = objective(None)
     for what, transform in _TRANSFORMS.items():
@@ -157,8 +157,15 @@ def _batched(f: Scalar, x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Any:
 
 
 def _pulled(f: Scalar, x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Any:
-    value, pull = vjp(f, x)
+    value, pull, *_ = vjp(f, x)
     return pull(torch.full_like(value, 1.5))[0]
+
+
+def _pushed(f: Scalar, x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Any:
+    with warnings.catch_warnings():
+        # torch's own, when the first jvp of a process loads its decompositions.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+        return jvp(f, (x,), (v,))[1]
 
 
 def _backward(f: Scalar, x: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Any:
@@ -171,7 +178,7 @@ _TRANSFORMS: dict[str, Callable[..., Any]] = {
     "no transform": lambda f, x, v: f(x),
     "grad": lambda f, x, v: grad(f)(x),
     "vjp": _pulled,
-    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "jvp": _pushed,
     "vmap of grad": _batched,
     "grad of grad": _hessian_product,
     ".backward()": _backward,

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.optimizer import Hidden
-from fmeta.testing._case import (
-    Case,
+from fmeta.testing._case import Case, reversed_keys
+from fmeta.testing._compare import (
     assert_close,
     assert_same_kinds,
     assert_same_tensors,
     leaf_names,
     remembered,
-    reversed_keys,
+    short,
 )
 from fmeta.testing._registry import law
 
@@ -68,7 +68,7 @@ def kinds_kept(
                 grads = case.grads(t)
                 if t:
                     grads = trees.map(lambda g: g.to(trees.compute_dtype(g)), grads)
-                where = f"step {t + 1} (parameters in {str(dtype).removeprefix('torch.')})"
+                where = f"step {t + 1} (parameters in {short(dtype)})"
                 delta, _ = case.update(p, grads, hidden)
                 _check_delta(delta, p, where)
                 q, after = case.step(p, grads, hidden)
@@ -116,7 +116,9 @@ def none_gradients_skip(optimizer: Any, params: Tree, **setup: Any) -> None:
         delta, _ = case.update(p, grads, hidden)
         q, after = case.step(p, grads, hidden)
         assert isinstance(after, Hidden), "step did not return an fmeta.Hidden"
-        old, new = (trees.flatten_up_to(spec, h.leaves, p, "the hidden state") for h in (hidden, after))
+        old, new = (
+            trees.flatten_up_to(spec, h.leaves, p, "the hidden state") for h in (hidden, after)
+        )
         for i in absent:
             where = f"with a None gradient at {names[i]}"
             assert trees.leaves(delta)[i] is None, (
@@ -214,7 +216,8 @@ def _check_hidden_tree(hidden: Hidden, params: Tree) -> None:
     states = trees.flatten_up_to(spec, hidden.leaves, params, "the hidden state")
     for name, state in zip(leaf_names(params, "hidden.leaves"), states, strict=True):
         assert isinstance(state, dict), (
-            f"{name} is a {type(state).__name__}: Hidden.leaves holds a dict of tensors at each leaf"
+            f"{name} is a {type(state).__name__}: Hidden.leaves holds a dict of tensors at every "
+            "leaf"
         )
 
 
@@ -227,9 +230,8 @@ def _check_delta(delta: Tree, params: Tree, where: str) -> None:
         want = trees.compute_dtype(p)
         assert isinstance(d, Tensor), f"{name} is a {type(d).__name__}, not a tensor, in {where}"
         assert d.dtype == want, (
-            f"{name} is {str(d.dtype).removeprefix('torch.')} in {where}, must be "
-            f"{str(want).removeprefix('torch.')}: cast opt_params and gradients to the compute "
-            "dtype first"
+            f"{name} is {short(d.dtype)} in {where}, must be {short(want)}: cast opt_params and "
+            "gradients to the compute dtype first"
         )
         assert d.shape == p.shape, (
             f"{name} has shape {tuple(d.shape)} in {where}, must have {tuple(p.shape)}"
@@ -240,11 +242,12 @@ def _refused(name: str, where: str, call: Any) -> None:
     try:
         call()
     except Exception as error:
-        assert name in str(error) and isinstance(error, (ValueError, TypeError)), (
+        if name in str(error) and isinstance(error, (ValueError, TypeError)):
+            return
+        raise AssertionError(
             f"{where} without {name} raised {type(error).__name__}: {error}; raise a ValueError "
             f"that names {name!r}"
-        )
-        return
+        ) from error
     raise AssertionError(
         f"{where} ran without {name}, which is in `needs`: raise a ValueError that names {name!r}, "
         "or drop it from `needs`"
@@ -255,7 +258,7 @@ def _global_states() -> dict[str, Any]:
     return {
         "torch's global generator": torch.get_rng_state(),
         "Python's `random`": hash(random.getstate()),
-        "numpy's global generator": hash(numpy.random.get_state()[1].tobytes()),  # type: ignore[union-attr, index]
+        "numpy's global generator": hash(numpy.random.get_state()[1].tobytes()),  # type: ignore[index]
     }
 
 

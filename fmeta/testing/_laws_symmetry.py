@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.random import fold_in
-from fmeta.testing._case import Case, assert_close
+from fmeta.testing._case import Case
+from fmeta.testing._compare import assert_close
 from fmeta.testing._registry import law
 
 __all__ = ["EQUIVARIANCES"]
@@ -30,7 +31,9 @@ def vmap_equals_loop(optimizer: Any, params: Tree, *, tasks: int = 3, **setup: A
     case = Case(optimizer, params, **setup).double()
     rows = [trees.map(lambda p, k=k: p * (1 + 0.1 * k), case.params) for k in range(tasks)]
     rates = [
-        trees.map(lambda x, k=k: x * (1 + 0.01 * k) if x.is_floating_point() else x, case.opt_params)
+        trees.map(
+            lambda x, k=k: x * (1 + 0.01 * k) if x.is_floating_point() else x, case.opt_params
+        )
         for k in range(tasks)
     ]
     grads = [[case.grads(10 * t + k) for k in range(tasks)] for t in range(2)]
