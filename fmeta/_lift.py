@@ -20,9 +20,10 @@ __all__ = ["Leaves", "lift", "per_leaf"]
 
 Tree = Any
 
-# Measured on a CPU: below four leaves, or above 2**14 elements, stacking costs what it saves.
-_MAX_STACKED_NUMEL = 2**14
-_MIN_STACK = 4
+# Measured on a CPU (adam, with and without a gradient): 2 stacked leaves cost what 2 single ones
+# do, 8 cost half, 16 a third; above 2**13 elements the copies cost more than the calls saved.
+_MAX_STACKED_NUMEL = 2**13
+_MIN_STACK = 2
 
 
 class Leaves:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -80,6 +80,9 @@ def functionalize(
     param_shapes = {name: p.shape for name, p in params.items()}
     buffer_shapes = {name: b.shape for name, b in buffers.items()}
     label = type(module).__name__
+    # Strict needs every name of a submodule used twice, and then torch restores it wrongly: there
+    # the names are checked by `_check` alone.
+    strict = len(aliases) == sum(1 for _ in _all_names(module))
     # The fused attention kernels have no second derivative.
     fused_off = partial(sdpa_kernel, SDPBackend.MATH) if _may_attend(module) else nullcontext
 
@@ -91,8 +94,7 @@ def functionalize(
         tensors = {alias: given[name] for alias, name in aliases.items()}
         before = [_version(t) for t in given.values()]
         with fused_off():
-            # Keys are checked above, faster than `strict=True` walks the module.
-            out = functional_call(skeleton, tensors, args, kwargs, tie_weights=False)
+            out = functional_call(skeleton, tensors, args, kwargs, tie_weights=False, strict=strict)
         for (name, tensor), version in zip(given.items(), before, strict=True):
             if _version(tensor) != version:
                 raise _changed(label, name, "in place")
@@ -216,6 +218,12 @@ def _aliases(module: nn.Module) -> dict[str, str]:
                     name = f"{prefix}.{key}" if prefix else key
                     places[name] = first.setdefault(id(tensor), name)
     return places
+
+
+def _all_names(module: nn.Module) -> Iterator[str]:
+    for named in (module.named_parameters, module.named_buffers):
+        for name, _ in named(remove_duplicate=False):
+            yield name
 
 
 def _skeleton(module: nn.Module, batch_norm: str | None) -> Any:
