@@ -144,7 +144,7 @@ def lift(
         given = {"loss": loss, "extras": extras}
         extra = {k: given[k] for k in update_keywords}
         named = {
-            name: per_leaf(value, model_params, at.spec, name)
+            name: per_leaf(value, model_params, at.spec, name, like_params=elementwise)
             for name, value in (hypers(opt_params) if hypers else {}).items()
         }
         delta: list[Any] = [None] * len(at.params)
@@ -174,8 +174,13 @@ def lift(
     return Optimizer(init, init_hidden, update, needs)
 
 
-def per_leaf(value: Any, model_params: Tree, spec: Any, name: str) -> list[Any]:
-    """A hyper-parameter for each leaf: the number itself, or what a tree holds at that leaf."""
+def per_leaf(
+    value: Any, model_params: Tree, spec: Any, name: str, *, like_params: bool = True
+) -> list[Any]:
+    """A hyper-parameter for each leaf: the number itself, or what a tree holds at that leaf.
+
+    With ``like_params``, what the tree holds must be a scalar or of the parameter's own shape.
+    """
     count = spec.num_leaves
     if isinstance(value, (int, float)):
         return [value] * count
@@ -186,7 +191,16 @@ def per_leaf(value: Any, model_params: Tree, spec: Any, name: str) -> list[Any]:
                 "tensor, or a tree shaped like the parameters"
             )
         return [value] * count
-    return trees.flatten_up_to(spec, value, model_params, f"{name} (a tree)")
+    found = trees.flatten_up_to(spec, value, model_params, f"{name} (a tree)")
+    if like_params:
+        for i, (x, p) in enumerate(zip(found, trees.leaves(model_params), strict=True)):
+            if isinstance(x, Tensor) and p is not None and x.ndim and x.shape != p.shape:
+                raise ValueError(
+                    f"{name} (a tree) at path {trees.paths(model_params)[i]} has shape "
+                    f"{tuple(x.shape)}, but the parameter there has shape {tuple(p.shape)}: give "
+                    "a number, a scalar tensor, or a tensor of the parameter's own shape"
+                )
+    return found
 
 
 def _number(value: Any, dtype: torch.dtype) -> Any:
@@ -202,10 +216,7 @@ def _broadcast_group(
     def stack(xs: Sequence[Any]) -> Any:
         if all(x is xs[0] for x in xs) and not (isinstance(xs[0], Tensor) and xs[0].ndim):
             return xs[0]  # one number for all leaves
-        if not all(isinstance(x, Tensor) for x in xs):
-            p = rows[0][0]
-            xs = [x if isinstance(x, Tensor) else p.new_tensor(x) for x in xs]
-        out = torch.stack(list(xs))
+        out = _stack_numbers(xs, rows[0][0])
         return out.reshape(-1, *ones) if out.ndim == 1 else out
 
     ps, gs, states, hypers = zip(*rows, strict=True)
@@ -223,18 +234,20 @@ def _broadcast_group(
     return [(d, {k: v[i] for k, v in rows_out.items()}) for i, d in enumerate(delta.unbind(0))]
 
 
+def _stack_numbers(values: Sequence[Any], param: Tensor) -> Tensor:
+    """One hyper-parameter of several leaves; where some are scalars, they are spread out."""
+    tensors = [x if isinstance(x, Tensor) else param.new_tensor(x) for x in values]
+    if any(x.shape != tensors[0].shape for x in tensors):
+        tensors = [x.expand(param.shape) for x in tensors]
+    return torch.stack(tensors)
+
+
 def _vmap_group(
     update_leaf: Callable[..., Any], theta: Tree, rows: list[Any], extra: dict[str, Any]
 ) -> list[Any]:
     ps, gs, states, hypers = zip(*rows, strict=True)
     shared = {k: hypers[0][k] for k in hypers[0] if all(h[k] is hypers[0][k] for h in hypers)}
-    own = {
-        k: torch.stack(
-            [h[k] if isinstance(h[k], Tensor) else ps[0].new_tensor(h[k]) for h in hypers]
-        )
-        for k in hypers[0]
-        if k not in shared
-    }
+    own = {k: _stack_numbers([h[k] for h in hypers], ps[0]) for k in hypers[0] if k not in shared}
     columns = [trees.leaves(s) for s in states]
     spec = trees.flatten(states[0])[1]
     stacked = [torch.stack(c) for c in zip(*columns, strict=True)]
