@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         "weights.safetensors, config.json, metrics.jsonl and checkpoint/."
     )
     commands: dict[str, Callable[..., Any]] = {"train": train, "optimizers": optimizers}
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: the last complete state is saved
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -55,12 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _complain(text: str) -> None:
     sys.stderr.write(f"fmeta: {text}\n")
 
 
 def _optimizers() -> int:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fmeta.optimizers import BUILDERS
@@ -69,7 +76,7 @@ def _optimizers() -> int:
     for name, builder in BUILDERS.items():
         parameters = inspect.signature(builder).parameters.values()
         arguments = ", ".join(str(p).split(":")[0] + _default(p) for p in parameters)
-        table.add_row(name, arguments, (inspect.getdoc(builder) or "").splitlines()[0])
+        table.add_row(name, arguments, escape((inspect.getdoc(builder) or "").splitlines()[0]))
     Console().print(table)
     return 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fmeta import optimizers
+from fmeta import optimizers, trees
+from fmeta.optimizer import Optimizer
 
 __all__ = ["TrainConfig"]
 
@@ -41,8 +42,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Meta-gradients with a larger norm are scaled down to it."""
     first_order: str = "none"
-    """none (second order), gradients (those entering the rule are constants) or inputs (all that
-    the rule reads is constant)."""
+    """none (second order), or constants for the rule: its gradients, or all its inputs."""
     checkpoint: str = "sqrt"
     """Memory of the unroll: none, sqrt or a number of snapshots."""
     validate_every: int = 10
@@ -58,7 +58,7 @@ class TrainConfig:
 
     def checked(self) -> TrainConfig:
         """This configuration, shrunk for ``smoke``, or a ValueError that names what is wrong."""
-        optimizers.get(self.rule)
+        self.build_rule()
         for field in (
             "num_steps",
             "num_tasks",
@@ -85,6 +85,19 @@ class TrainConfig:
         return dataclasses.replace(
             self, num_steps=4, num_tasks=2, horizon=8, eval_steps=16, eval_seeds=3, validate_every=2
         )
+
+    def build_rule(self) -> Optimizer:
+        """The rule with its default arguments, or a ValueError when it has nothing to learn."""
+        builder = optimizers.get(self.rule)
+        try:
+            rule = builder()
+        except TypeError as error:
+            raise ValueError(
+                f"rule {self.rule!r} needs arguments ({error}): choose another"
+            ) from None
+        if not trees.leaves(rule.init()):
+            raise ValueError(f"{self.rule} has nothing to learn: choose a learned rule")
+        return rule
 
     def unroll_options(self) -> dict[str, Any]:
         """``first_order`` and ``checkpoint`` as `fmeta.unroll` takes them."""

@@ -59,7 +59,7 @@ def train_on_digits(
         _check_same(folder, stored)
     _files.write_json(folder / "config.json", stored)
 
-    rule = optimizers.get(config.rule)()
+    rule = config.build_rule()
     start = rule.init(torch.Generator().manual_seed(config.seed))
     family = digits((config.width,), batch_size=config.batch_size)
     say(f"meta-training {config.rule}: {config.num_steps} outer steps")
@@ -147,10 +147,6 @@ def _meta_train(
         "patience": config.patience,
         "on_step": record,
     }
-    if not any(True for _ in torch.utils._pytree.tree_leaves(start)):
-        raise ValueError(
-            f"{config.rule} has nothing to learn: choose a learned rule (see `fmeta optimizers`)"
-        )
     if config.resume and (folder / "checkpoint" / "state.safetensors").exists():
         return _loop.resume(folder / "checkpoint", estimator, start, **arguments)
     return _loop.run(estimator, start, checkpoint_folder=folder / "checkpoint", **arguments)

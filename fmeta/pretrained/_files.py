@@ -11,7 +11,7 @@ from fmeta.optimizer import Optimizer
 
 __all__ = ["load", "save"]
 
-_FORMAT = "fmeta-1"
+_KEY, _FORMAT = "fmeta", 1
 
 
 def save(
@@ -31,11 +31,13 @@ def save(
     """
     _check_like(rule_name, builder_arguments, opt_params)
     try:
-        arguments = json.dumps(builder_arguments, sort_keys=True)
+        header = json.dumps(
+            {"format": _FORMAT, "rule": rule_name, "arguments": builder_arguments}, sort_keys=True
+        )
     except TypeError as error:
         raise ValueError(f"builder arguments must be plain values: {error}") from None
-    metadata = {"format": _FORMAT, "rule": rule_name, "arguments": arguments}
-    _files.save_tree(path, opt_params, metadata)
+    # One entry: safetensors writes several in any order, and equal weights give equal files.
+    _files.save_tree(path, opt_params, {_KEY: header})
 
 
 def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimizer, Any]:
@@ -61,13 +63,16 @@ def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimi
         {'weight': tensor([[-0.5000,  0.0000]])}
     """
     metadata = _files.read_metadata(path)
-    if metadata.get("format") != _FORMAT:
+    if _KEY not in metadata:
         raise ValueError(
-            f"{path} was not written by fmeta.pretrained.save (its format is "
-            f"{metadata.get('format')!r}, expected {_FORMAT!r})"
+            f"{path} was not written by fmeta.pretrained.save: its header names no rule"
         )
-    arguments = {**json.loads(metadata["arguments"]), **builder_arguments}
-    optimizer = _build(metadata["rule"], arguments)
+    header = json.loads(metadata[_KEY])
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {header.get('format')!r}, but this version reads {_FORMAT}"
+        )
+    optimizer = _build(header["rule"], {**header["arguments"], **builder_arguments})
     return optimizer, _files.load_tree(path, optimizer.init())
 
 
