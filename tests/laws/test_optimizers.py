@@ -1,0 +1,102 @@
+"""Every optimizer of the registry obeys every law."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmeta import learn, optimizers, trees
+from fmeta.testing import (
+    LAWS,
+    check_optimizer,
+    gradients,
+    key_order_irrelevant,
+    kinds_kept,
+    none_gradients_skip,
+    param_trees,
+    permutation_equivariant,
+    step_counts,
+    vmap_equals_loop,
+)
+
+# Rules that know the axes of a tensor, so that only permutations along each of them commute.
+AXES = {"normalized_mlp"}
+OF_A_TREE = {"per_parameter_sgd"}
+
+RULES = {
+    **{
+        name: builder if name in OF_A_TREE else builder()
+        for name, builder in optimizers.BUILDERS.items()
+    },
+    "sgd with momentum": optimizers.sgd(0.1, momentum=0.9),
+    "sgd with Nesterov momentum": optimizers.sgd(0.1, momentum=0.9, nesterov=True),
+    "rmsprop, centered, with momentum": optimizers.rmsprop(momentum=0.5, centered=True),
+    "adam with eps_root": optimizers.adam(eps_root=1e-6),
+    "learned sgd": learn(optimizers.sgd, {"lr": "log"}, lr=0.1),
+    "learned sgd with momentum": learn(
+        optimizers.sgd, {"lr": "linear", "momentum": "logit"}, lr=0.1, momentum=0.5
+    ),
+    "learned adam": learn(optimizers.adam, {"lr": "log", "betas": "log1m", "eps": "log"}, lr=1e-2),
+    "learned rmsprop": learn(optimizers.rmsprop, {"alpha": "log1m"}, centered=True),
+}
+COMPILED = ("adam", "linear", "normalized_mlp")
+
+
+def symmetry(name):
+    return "axes" if name in AXES else "coordinate"
+
+
+def of(name, params):
+    rule = RULES[name]
+    return rule(params) if name in OF_A_TREE else rule
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_law_but_one_compilation(name):
+    report = check_optimizer(RULES[name], equivariance=symmetry(name), exclude=["compiles_once"])
+    assert set(report.held) == set(LAWS) - {"compiles_once"}
+
+
+@pytest.mark.parametrize("name", [n for n in COMPILED if n in RULES])
+def test_one_compilation(name):
+    check_optimizer(RULES[name], laws=["compiles_once"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_one_compilation_of_all_rules_and_trees(name):
+    from fmeta.testing import built_in_trees, compiles_once
+
+    for params in built_in_trees().values():
+        compiles_once(RULES[name], params)
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(st.data())
+def test_laws_on_any_tree(name, data):
+    params = data.draw(param_trees([torch.float64], max_leaves=5, max_numel=12))
+    rule = of(name, params)
+    law = data.draw(
+        st.sampled_from([key_order_irrelevant, kinds_kept, none_gradients_skip, vmap_equals_loop])
+    )
+    law(rule, params)
+    permutation_equivariant(rule, params, equivariance=symmetry(name), steps=2)
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(st.data())
+def test_any_gradients_keep_everything_finite(name, data):
+    params = data.draw(param_trees([torch.float32, torch.float64, torch.bfloat16], max_leaves=5))
+    rule = of(name, params)
+    th = rule.init()
+    p, h = params, rule.init_hidden(th, params)
+    for _ in range(data.draw(step_counts(3))):
+        grads = data.draw(gradients(params))
+        before = p
+        p, h = rule.step(th, p, grads, h)
+        for old, g, new in zip(*map(trees.leaves, (before, grads, p)), strict=True):
+            assert new.isfinite().all()
+            assert (new.dtype, new.shape) == (old.dtype, old.shape)
+            assert g is not None or torch.equal(old, new)
+    for x in trees.leaves(h):
+        assert not isinstance(x, torch.Tensor) or x.isfinite().all()
