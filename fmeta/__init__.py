@@ -5,7 +5,7 @@ function of that shape or a transform of one, so whatever goes into training (th
 optimizer, the initial parameters of a model, or both) can be learned by differentiating through it.
 """
 
-from fmeta import functional, optimizers, random, trees
+from fmeta import functional, optimizers, pretrained, random, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._learn import learn
 from fmeta._scan import scan
@@ -15,7 +15,9 @@ from fmeta._unroll import InnerState, Run, inner_step, unroll
 from fmeta.combinators import (
     chain,
     clip_by_global_norm,
+    hidden_dtype,
     masked,
+    master_weights,
     partition,
     scheduled,
     to_transform,
@@ -37,13 +39,16 @@ __all__ = [
     "coordinatewise",
     "functional",
     "functionalize",
+    "hidden_dtype",
     "inner_step",
     "learn",
     "loss_of",
     "masked",
+    "master_weights",
     "optimizer_from_step",
     "optimizers",
     "partition",
+    "pretrained",
     "random",
     "scan",
     "scheduled",

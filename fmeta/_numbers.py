@@ -1,0 +1,43 @@
+"""Numbers that a user gives to a builder, checked as it is called."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+
+__all__ = ["check_number", "check_numbers", "nothing_to_learn"]
+
+
+def nothing_to_learn(generator: torch.Generator | None = None) -> dict[str, Any]:
+    """The ``init`` of a hand-made rule: its numbers are constants."""
+    return {}
+
+
+def check_numbers(name: str, value: Any, **limits: Any) -> None:
+    """`check_number` for every Python number of a tree."""
+    for x in trees.leaves(value):
+        check_number(name, x, **limits)
+
+
+def check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
+    """Raises a ValueError for a Python number that cannot be meant: NaN, negative, too large.
+
+    Tensors are not looked at (they may be traced, or under vmap).
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} is a tensor of dtype {value.dtype}: use a floating dtype")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name} must be a number, a scalar tensor or a tree of them, got {value!r}"
+        )
+    if not (0 <= value < below) or (positive and value == 0):
+        wanted = "positive" if positive else "not negative"
+        limit = "finite" if below == math.inf else f"below {below:g}"
+        raise ValueError(f"{name} must be {wanted} and {limit}, got {value}")

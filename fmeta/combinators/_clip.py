@@ -1,0 +1,53 @@
+"""`clip_by_global_norm`: a gradient transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fmeta import trees
+from fmeta._numbers import check_number, nothing_to_learn
+from fmeta.optimizer import Hidden, Optimizer, check_params
+
+__all__ = ["clip_by_global_norm"]
+
+Tree = Any
+
+
+def clip_by_global_norm(max_norm: Any) -> Optimizer:
+    """A transform for `chain`: scales all gradients down when their joint norm is too large.
+
+    ``g * min(1, max_norm / ||g||)`` with the norm over all leaves that have a gradient.
+
+    Args:
+        max_norm: positive number or scalar tensor.
+
+    Reference:
+        Pascanu et al. 1211.5063, section 3.2.
+    """
+    check_number("max_norm", max_norm, positive=True)
+
+    def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check_params(model_params)
+        return Hidden(trees.map(lambda p: {}, model_params), {})
+
+    def update(
+        opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
+    ) -> tuple[Tree, Hidden]:
+        found = trees.match(model_params, grads, "the gradient")
+        spec = trees.flatten(model_params)[1]
+        g = [None if x is None else x.to(trees.compute_dtype(x)) for x in found]
+        squares = [x.square().sum() for x in g if x is not None]
+        if not squares:
+            return grads, hidden
+        total = torch.stack([x.to(squares[0].dtype) for x in squares]).sum()
+        # Where the norm is below the limit the factor is exactly 1 and its derivative 0; the inner
+        # `where` keeps the derivative of the root finite for zero gradients.
+        above = total > max_norm**2
+        factor = torch.where(above, max_norm / torch.where(above, total, 1.0).sqrt(), 1.0)
+        return trees.unflatten(
+            spec, [None if x is None else x * factor.to(x.dtype) for x in g]
+        ), hidden
+
+    return Optimizer(nothing_to_learn, init_hidden, update)

@@ -1,0 +1,64 @@
+"""Hidden states of optimizers that are parts of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fmeta import trees
+from fmeta.optimizer import Hidden, Optimizer, check_num_steps
+
+__all__ = ["delta_dtype", "merged", "only", "part", "start", "states_of"]
+
+Tree = Any
+
+
+def start(optimizer: Optimizer, opt_params: Tree, model_params: Tree, num_steps: Any) -> Hidden:
+    """The hidden state of a part; it must be one that can be split by parameter."""
+    check_num_steps(optimizer.needs, num_steps)
+    hidden = optimizer.init_hidden(opt_params, model_params, num_steps=num_steps)
+    if not isinstance(hidden, Hidden):
+        raise ValueError(
+            f"the hidden state of a combined optimizer is a {type(hidden).__name__}, which cannot "
+            "be split by parameter: let init_hidden return fmeta.optimizer.Hidden(leaves, shared)"
+        )
+    return hidden
+
+
+def only(tree: Tree, where: list[Any], key: Any) -> Tree:
+    """The tree with ``None`` at all leaves but those where ``where`` is ``key``."""
+    flat, spec = trees.flatten(tree)
+    return trees.unflatten(
+        spec, [x if w == key else None for x, w in zip(flat, where, strict=True)]
+    )
+
+
+def states_of(model_params: Tree, hidden: Hidden) -> list[Any]:
+    """The dict at each leaf."""
+    spec = trees.flatten(model_params)[1]
+    return trees.flatten_up_to(spec, hidden.leaves, model_params, "the hidden state")
+
+
+def merged(model_params: Tree, parts: dict[str, Hidden]) -> Hidden:
+    """One state that holds those of the parts under their keys, leaf by leaf."""
+    spec = trees.flatten(model_params)[1]
+    columns = [states_of(model_params, own) for own in parts.values()]
+    leaves = [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
+    return Hidden(trees.unflatten(spec, leaves), {k: own.shared for k, own in parts.items()})
+
+
+def part(model_params: Tree, hidden: Hidden, key: str) -> Hidden:
+    """The state of the part of that key out of a merged one."""
+    spec = trees.flatten(model_params)[1]
+    leaves = states_of(model_params, hidden)
+    return Hidden(trees.unflatten(spec, [x[key] for x in leaves]), hidden.shared[key])
+
+
+def delta_dtype(delta: Tree) -> torch.dtype:
+    """The widest dtype of a delta, at least float32."""
+    dtype = torch.float32
+    for d in trees.leaves(delta):
+        if d is not None:
+            dtype = torch.promote_types(dtype, d.dtype)
+    return dtype

@@ -1,0 +1,44 @@
+"""`with_weight_decay`: decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fmeta import trees
+from fmeta._lift import per_leaf
+from fmeta._numbers import check_numbers
+from fmeta.optimizer import Optimizer
+
+__all__ = ["with_weight_decay"]
+
+Tree = Any
+
+
+def with_weight_decay(optimizer: Optimizer, rate: Any) -> Optimizer:
+    """Decoupled weight decay: ``delta - rate * p`` (not times a learning rate).
+
+    Args:
+        optimizer: any `Optimizer`.
+        rate: a number, a scalar tensor, or a tree of them shaped like the parameters.
+
+    Returns:
+        An `Optimizer` with the same ``opt_params`` and hidden state.
+    """
+    check_numbers("rate", rate)
+
+    def update(
+        opt_params: Tree, model_params: Tree, grads: Tree, hidden: Tree, **extra: Any
+    ) -> tuple[Tree, Tree]:
+        delta, hidden = optimizer.update(opt_params, model_params, grads, hidden, **extra)
+        flat, spec = trees.flatten(model_params)
+        rates = per_leaf(rate, model_params, spec, "rate")
+        changes = trees.match(model_params, delta, "the optimizer's delta")
+        return trees.unflatten(
+            spec,
+            [
+                None if d is None else d - r * p.to(trees.compute_dtype(p))
+                for d, p, r in zip(changes, flat, rates, strict=True)
+            ],
+        ), hidden
+
+    return optimizer._replace(update=update)
