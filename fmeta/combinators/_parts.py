@@ -49,10 +49,10 @@ def merged(model_params: Tree, parts: dict[str, Hidden]) -> Hidden:
 
 
 def part(model_params: Tree, hidden: Hidden, key: str) -> Hidden:
-    """The state of the part of that key out of a merged one."""
+    """The state of the part of that key out of a merged one (an empty leaf is not ours)."""
     spec = trees.flatten(model_params)[1]
     leaves = states_of(model_params, hidden)
-    return Hidden(trees.unflatten(spec, [x[key] for x in leaves]), hidden.shared[key])
+    return Hidden(trees.unflatten(spec, [x[key] if x else x for x in leaves]), hidden.shared[key])
 
 
 def delta_dtype(delta: Tree) -> torch.dtype:

@@ -76,7 +76,7 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
         flat, spec = trees.flatten(model_params)
         states = states_of(model_params, hidden)
         masters = copies(model_params, states)
-        inner = Hidden(trees.unflatten(spec, [s["inner"] for s in states]), hidden.shared)
+        inner = Hidden(trees.unflatten(spec, [_inner(s) for s in states]), hidden.shared)
         delta, inner = optimizer.update(opt_params, masters, grads, inner, **extra)
         moved = trees.leaves(apply_updates(masters, delta))
         new = states_of(model_params, inner)
@@ -94,7 +94,7 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
         flat, spec = trees.flatten(model_params)
         states = states_of(model_params, hidden)
-        inner = Hidden(trees.unflatten(spec, [s["inner"] for s in states]), hidden.shared)
+        inner = Hidden(trees.unflatten(spec, [_inner(s) for s in states]), hidden.shared)
         shown = trees.leaves(optimizer.eval_params(opt_params, copies(model_params, states), inner))
         return trees.unflatten(
             spec, [p if p is None else x.to(p.dtype) for p, x in zip(flat, shown, strict=True)]
@@ -150,3 +150,8 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
         return optimizer.eval_params(opt_params, model_params, widened(model_params, hidden))
 
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)
+
+
+def _inner(state: dict[str, Any]) -> dict[str, Any]:
+    """The wrapped optimizer's state of one leaf; empty where the leaf is another optimizer's."""
+    return state["inner"] if state else state
