@@ -6,23 +6,32 @@ no derivative) and return a new tensor otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fmeta._autodiff import inside_transform
 from fmeta.optimizers._common import safe_sqrt
 
 __all__ = [
+    "Tile",
     "clamped_rsqrt",
     "ema",
     "factored_axes",
     "factors",
+    "is_unobserved",
     "normalize",
     "orthogonalize",
+    "split",
     "stacked_ema",
     "start_factored",
     "sum_of_squares",
+    "tiled_means",
 ]
 
 
@@ -110,3 +119,73 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.mT if tall else x
+
+
+class Tile(NamedTuple):
+    """A part of a tensor: a slice of each axis."""
+
+    slices: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of a tensor ``(*leaf)``, a view."""
+        return x[self.slices]
+
+    def of_broadcast(self, x: Tensor) -> Tensor:
+        """The part of ``(features, *leaf)``, of which an axis may have size 1."""
+        pairs = zip(self.slices, x.shape[1:], strict=True)
+        return x[(slice(None), *(s if n > 1 else slice(None) for s, n in pairs))]
+
+
+def split(shape: Sequence[int], size: int, *, alone: int) -> Iterator[Tile]:
+    """Tiles of at most ``size`` coordinates: whole matrices if possible, or whole rows.
+
+    Args:
+        alone: matrices (the last two axes) of at least this many coordinates do not share a tile.
+    """
+    steps, left = [1] * len(shape), size
+    shared = math.prod(shape[-2:]) < alone
+    for i in reversed(range(len(shape))):
+        if shared or i >= len(shape) - 2:
+            steps[i] = min(shape[i], max(left, 1))
+            left //= steps[i]
+    pairs = zip(shape, steps, strict=True)
+    ranges = [[slice(a, min(a + step, n)) for a in range(0, n, step)] for n, step in pairs]
+    for slices in itertools.product(*ranges):
+        yield Tile(slices, tuple(s.stop - s.start for s in slices))
+
+
+def tiled_means(
+    fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, axes: tuple[int, int], size: int
+) -> tuple[Tensor, Tensor]:
+    """Means of ``fn(x)`` over axis d0 and over axis d1 of ``axes = (d1, d0)``, in little memory.
+
+    Args:
+        fn: elementwise, ``fn(part, out) -> out``.
+        size: about how many coordinates are worked on at once, whole slices of the first axis.
+    """
+    d1, d0 = axes
+    means = [x.new_zeros([n for i, n in enumerate(x.shape) if i != axis]) for axis in (d0, d1)]
+    rows = max(1, size // (x.numel() // x.shape[0]))
+    memory = torch.empty_like(x[:rows])
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        values = fn(part, memory[: part.shape[0]])
+        for total, axis in zip(means, (d0, d1), strict=True):
+            if axis == 0:
+                total.add_(values.sum(0))
+            else:
+                torch.sum(values, axis, out=total[start : start + rows])
+    return means[0].div_(x.shape[d0]), means[1].div_(x.shape[d1])
+
+
+def is_unobserved(*tensors: Tensor) -> bool:
+    """Whether nothing differentiates, batches or traces these, so that memory may be reused."""
+    recording = torch.is_grad_enabled()
+    return (
+        not inside_transform()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and not any(recording and x.requires_grad for x in tensors)
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,18 @@ from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_correction, check_numbers, count, safe_sqrt
 from fmeta.optimizers._features import (
+    Tile,
     clamped_rsqrt,
     ema,
     factored_axes,
     factors,
+    is_unobserved,
     normalize,
+    split,
     stacked_ema,
     start_factored,
     sum_of_squares,
+    tiled_means,
 )
 from fmeta.optimizers._features import (
     orthogonalize as orthogonalized,
@@ -33,11 +37,24 @@ Tree = Any
 
 _DECAYS = (0.9, 0.99, 0.999)  # of the momenta, and of the factored second moments
 _RMS_DECAY = 0.95
+_MOMENTS = ("m0", "m1", "m2", "rms")
 _ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
 # Rows of w0 in the order of the features; the last five groups need two axes.
 _WIDTHS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
-_SHAPES = {"w0": (30, 8), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "w0": (30, 8),
+    "b0": (8,),
+    "w1": (8, 8),
+    "b1": (8,),
+    "w2": (8, 3),
+    "b2": (3,),
+}
 _DIRECTION = 7  # the row of m * rsqrt(rms) with decay 0.9
+
+# Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
+_TILE = 2**16
+# Matrices at least this large get tiles of their own, with their scales folded into the weights.
+_ALONE = 2**11
 
 
 def normalized_mlp(
@@ -110,7 +127,7 @@ def normalized_mlp(
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:
         if by_adamw(p):
             return {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "count": count(p)}
-        state = {name: torch.zeros_like(p) for name in ("m0", "m1", "m2", "rms")}
+        state = {name: torch.zeros_like(p) for name in _MOMENTS}
         if p.ndim < 2:
             return {**state, "v": p.new_zeros(*p.shape, len(_DECAYS))}
         row, col = start_factored(p, len(_DECAYS))
@@ -129,11 +146,17 @@ def normalized_mlp(
             return _adamw(p, g, h, lr * vector_lr_mult, weight_decay)
         if p.numel() == 0:
             return torch.zeros_like(p), h
-        step, h = _direction(th, p, g, h)
+        size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
+        numbers = [x for x in (lr, weight_decay) if isinstance(x, Tensor)]
+        tiled = (
+            p.ndim >= 2
+            and p.numel() > size
+            and is_unobserved(p, g, *h.values(), *th.values(), *numbers)
+        )
+        step, h = _tiled_direction(th, p, g, h, size) if tiled else _direction(th, p, g, h)
         if orthogonalize and p.ndim >= 2:
             step = orthogonalized(step)
-        step = normalize(step, _matrix_axes(p))
-        return -lr * (step + weight_decay * p), h
+        return _normalized_delta(step, p, lr, weight_decay, tiled), h
 
     return lift(
         _init,
@@ -161,7 +184,7 @@ def from_celo2(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the first array that is missing, superfluous or of a wrong shape.
     """
-    want = {f"w0.{i}": (width, 8) for i, width in enumerate(_WIDTHS)}
+    want: dict[str, tuple[int, ...]] = {f"w0.{i}": (width, 8) for i, width in enumerate(_WIDTHS)}
     rest = {"b0": "b0", "dense_w.0": "w1", "dense_b.0": "b1", "dense_w.1": "w2", "dense_b.1": "b2"}
     want.update({theirs: _SHAPES[ours] for theirs, ours in rest.items()})
     for name in want:
@@ -187,8 +210,8 @@ def _init(generator: torch.Generator | None = None) -> Tree:
         # He's start: variance 2 / inputs; the biases are zero.
         scale = math.sqrt(2 / shape[0]) if len(shape) == 2 else 0.0
         th[name] = scale * torch.randn(shape, generator=generator, dtype=torch.float32)
-    # x = relu(x) - relu(-x): the first two units of each layer carry the Adam-like direction; in the
-    # second a bias, which cancels in the output, keeps them off relu's kink at 0.
+    # x = relu(x) - relu(-x): the first two units of each layer carry the Adam-like direction; in
+    # the second a bias, which cancels in the output, keeps them off relu's kink at 0.
     th["w0"][:, :2] = 0.0
     th["w0"][_DIRECTION, :2] = torch.tensor([1.0, -1.0])
     th["w1"][:, :2] = torch.eye(8)[:, :2]
@@ -219,25 +242,85 @@ def _matrix_axes(p: Tensor) -> tuple[int, ...]:
 def _direction(
     th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The network's direction for a whole tensor, before normalisation: ``(*leaf)``."""
+    """The network's direction for a whole tensor, ``(*leaf)``, and the new state."""
     g = _clamped(g)
     square = g * g
-    m, rms = _moments(g, square, h)
-    state = dict(zip(("m0", "m1", "m2", "rms"), (*m, rms), strict=True))
+    new = _moments(g, square, h)
     if p.ndim < 2:
-        state["v"] = v = stacked_ema(h["v"], square, _DECAYS)
-        second = clamped_rsqrt(v + 1e-9).movedim(-1, 0)
-        x = _features(p, g, m, rms, second, None)
-        weights, bias = th["w0"][:15].mT, th["b0"].reshape(8, *(1,) * p.ndim)
+        new["v"] = stacked_ema(h["v"], square, _DECAYS)
+        x = _features(p, g, new, clamped_rsqrt(new["v"] + 1e-9).movedim(-1, 0), None)
+        w, bias = th["w0"][:15].mT, th["b0"].reshape(8, *(1,) * p.ndim)
     else:
         axes = factored_axes(p.shape)
-        state["row"] = stacked_ema(h["row"], square.mean(axes[1]) + 1e-30, _DECAYS)
-        state["col"] = stacked_ema(h["col"], square.mean(axes[0]) + 1e-30, _DECAYS)
-        row_factor, col_factor, bias_row, bias_col = _factored(th, state["row"], state["col"], axes)
-        x = _features(p, g, m, rms, row_factor, col_factor)
-        weights, bias = _main_rows(th["w0"]), bias_row + bias_col
-    scale = _scale(sum_of_squares(x, _matrix_axes(p)), p)
-    return _network(th, weights, bias, x, scale), state
+        new |= _second_moments(h, square.mean(axes[1]), square.mean(axes[0]))
+        row_factor, col_factor, row_bias, col_bias = _factored(th, new, axes)
+        x = _features(p, g, new, row_factor, col_factor)
+        w, bias = _main_columns(th), row_bias + col_bias
+    w, x = _scaled(w, x, _scale(sum_of_squares(x, _matrix_axes(p)), p))
+    out = _network(
+        _layers(th), w, bias.expand(8, *p.shape).reshape(8, -1), x.reshape(x.shape[0], -1)
+    )
+    return out.reshape(p.shape), new
+
+
+def _tiled_direction(
+    th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], size: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, tile by tile in memory that is used again and again; only without derivatives.
+
+    Two passes: the features' sums of squares, then the features once more and the network. To
+    store the 18 features in between would cost more than to make them of six tensors again.
+    """
+    axes = factored_axes(p.shape)
+    new = {name: torch.empty_like(p) for name in _MOMENTS}
+    new |= _second_moments(
+        h, *tiled_means(lambda part, out: _clamped(part, out).square_(), g, axes, size)
+    )
+    small = _factored(th, new, axes)
+    tiles = list(split(p.shape, size, alone=_ALONE))
+    memory = _Memory(p, max(math.prod(tile.shape) for tile in tiles))
+
+    def features(tile: Tile, values: dict[str, Tensor], g: Tensor, x: _Slots) -> Tensor:
+        row_factor, col_factor = (tile.of_broadcast(s) for s in small[:2])
+        return _features(tile.of(p), g, values, row_factor, col_factor, x)
+
+    squares = p.new_zeros(18, *p.shape[:-2], 1, 1)
+    for tile in tiles:
+        x, (square, _) = memory.features(tile.shape), memory.layers(tile.shape)
+        part = _clamped(tile.of(g), out=x.g)
+        square = torch.mul(part, part, out=square[0].view(tile.shape))
+        values = {name: tile.of(new[name]) for name in _MOMENTS}
+        _moments(part, square, {name: tile.of(h[name]) for name in _MOMENTS}, values)
+        sums = sum_of_squares(features(tile, values, part, x), (-2, -1), fused=True)
+        tile.of_broadcast(squares).add_(sums)
+
+    scale, columns, layers = _scale(squares, p), _main_columns(th), _layers(th)
+    step = torch.empty_like(p)
+    for tile in tiles:
+        x, (first, second) = memory.features(tile.shape), memory.layers(tile.shape)
+        part = _clamped(tile.of(g), out=x.g)
+        made = features(tile, {name: tile.of(new[name]) for name in _MOMENTS}, part, x)
+        w, made = _scaled(columns, made, tile.of_broadcast(scale), own=True)
+        row_bias, col_bias = (tile.of_broadcast(s) for s in small[2:])
+        torch.add(row_bias, col_bias, out=first.view(8, *tile.shape))
+        out = _network(layers, w, first, made.flatten(1), out=(first, second))
+        tile.of(step).copy_(out.view(tile.shape))
+    return step, new
+
+
+def _normalized_delta(step: Tensor, p: Tensor, lr: Any, weight_decay: Any, own: bool) -> Tensor:
+    """``-lr * (step / rms(step) + weight_decay * p)``, in the memory of ``step`` if that is own."""
+    factor = -lr * _scale(sum_of_squares(step, _matrix_axes(p), fused=own), p)
+    delta = step.mul_(factor) if own else step * factor
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return delta
+    rate = -lr * weight_decay
+    if own and isinstance(rate, (int, float)):
+        return delta.add_(p, alpha=rate)
+    return delta + rate * p
+
+
+# -- formulas ----------------------------------------------------------------------------------
 
 
 def _clamped(g: Tensor, out: Tensor | None = None) -> Tensor:
@@ -245,97 +328,184 @@ def _clamped(g: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _moments(
-    g: Tensor, square: Tensor, h: dict[str, Tensor], outs: tuple[Tensor | None, ...] = (None,) * 4
-) -> tuple[list[Tensor], Tensor]:
-    m = [ema(h[f"m{i}"], g, decay, out=outs[i]) for i, decay in enumerate(_DECAYS)]
-    return m, ema(h["rms"], square, _RMS_DECAY, out=outs[3])
+    g: Tensor, square: Tensor, h: Mapping[str, Tensor], out: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Momenta and second moment after the clamped gradient ``g`` and its square."""
+    slots = out or dict.fromkeys(_MOMENTS)
+    new = {n: ema(h[n], g, d, slots[n]) for n, d in zip(_MOMENTS, _DECAYS, strict=False)}
+    return {**new, "rms": ema(h["rms"], square, _RMS_DECAY, slots["rms"])}
+
+
+def _second_moments(h: Mapping[str, Tensor], row: Tensor, col: Tensor) -> dict[str, Tensor]:
+    """Factored second moments after the means of the squared gradient over one axis each."""
+    return {
+        "row": stacked_ema(h["row"], row + 1e-30, _DECAYS),
+        "col": stacked_ema(h["col"], col + 1e-30, _DECAYS),
+    }
 
 
 def _features(
     p: Tensor,
     g: Tensor,
-    m: Sequence[Tensor],
-    rms: Tensor,
+    state: Mapping[str, Tensor],
     row_factor: Tensor,
     col_factor: Tensor | None,
-    out: Tensor | None = None,
+    out: _Slots | None = None,
 ) -> Tensor:
     """The features that differ from coordinate to coordinate, feature first.
 
     Args:
-        p, g, rms: ``(*shape)``, with g clamped.
-        m: three of ``(*shape)``.
+        p, g: ``(*shape)``, g clamped.
+        state: ``m0``, ``m1``, ``m2``, ``rms`` after this gradient.
         row_factor, col_factor: ``(3, *)``, to be broadcast over the shape; without ``col_factor``
             the first is the factor of a tensor that is not factored.
-        out: ``(18, *shape)``.
+        out: memory of ``(18, *shape)``, with ``g`` in its first row.
 
     Returns:
-        ``(18, *shape)``, or ``(15, *shape)`` without ``col_factor``: the rows of `_main_rows`.
+        ``(18, *shape)``, or ``(15, *shape)`` without ``col_factor``: rows 0 to 14 and 27 to 29 of
+        ``w0``.
     """
-    momenta = torch.stack(list(m))
-    root = torch.rsqrt(rms + 1e-8)
-    factor = row_factor if col_factor is None else row_factor * col_factor
-    rows = [
-        torch.stack([g, torch.clamp(g, -0.1, 0.1), p]),
-        momenta,
-        rms.unsqueeze(0),
-        momenta * root,
-        root.unsqueeze(0),
-        factor * g,
-        (g * root).unsqueeze(0),
-    ]
-    return torch.cat(rows if col_factor is None else [*rows, momenta * factor])
-
-
-def _main_rows(w0: Tensor) -> Tensor:
-    return torch.cat([w0[:15], w0[27:]]).mT
+    rms, momenta = state["rms"], [state[name] for name in _MOMENTS[:3]]
+    to = out or _Slots.none()
+    clipped = torch.clamp(g, -0.1, 0.1, out=to.clipped)
+    m = torch.stack(momenta, out=to.m)
+    root = torch.rsqrt(torch.add(rms, 1e-8, out=to.root), out=to.root)
+    m_root = torch.mul(m, root, out=to.m_root)
+    g_root = torch.mul(g, root, out=to.g_root)
+    factor, m_factor = row_factor, None
+    if col_factor is not None:
+        factor = torch.mul(row_factor, col_factor, out=to.g_factor)
+        m_factor = torch.mul(m, factor, out=to.m_factor)
+    g_factor = torch.mul(factor, g, out=to.g_factor)
+    if out is not None:
+        out.p.copy_(p)
+        out.rms.copy_(rms)
+        return out.all
+    rows = [torch.stack([g, clipped, p]), m, rms.unsqueeze(0), m_root, root.unsqueeze(0), g_factor]
+    return torch.cat([*rows, g_root.unsqueeze(0), *([] if m_factor is None else [m_factor])])
 
 
 def _factored(
-    th: Tree, row: Tensor, col: Tensor, axes: tuple[int, int]
+    th: Tree, state: Mapping[str, Tensor], axes: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What depends on the factored second moments alone, each with size 1 on the axis it lacks.
 
-    Features that are constant along an axis are cheap: their part of the first layer is computed
-    here once for a row or column.
+    The features that are constant along an axis are not laid out for every coordinate: their part
+    of the first layer is computed here, once for a row or column.
 
     Returns:
-        ``(row_factor, col_factor)``: ``(3, *)``, ``(row_bias, col_bias)``: ``(8, *)``, the first
-        with ``b0`` in it.
+        ``(row_factor, col_factor, row_bias, col_bias)``: ``(3, *)`` and ``(8, *)``, ``b0`` being
+        part of ``row_bias``.
     """
-    d1, d0 = axes
-    w0, shaped, biases = th["w0"], [], []
-    for second, axis, rows in ((row, d0, (15, 21)), (col, d1, (18, 24))):
+    w0, factor, bias = th["w0"], [], []
+    both = state["row"], state["col"]
+    parts = zip(both, factors(*both, axes), axes[::-1], (15, 18), strict=True)
+    for second, its_factor, axis, i in parts:
+        factor.append(its_factor.movedim(-1, 0).unsqueeze(axis + 1))
         x = second.movedim(-1, 0).unsqueeze(axis + 1)
         x = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), (-2, -1))
-        w = torch.cat([w0[i : i + 3] for i in rows])
-        biases.append((w.mT @ x.flatten(1)).reshape(8, *x.shape[1:]))
-    for factor, axis in zip(factors(row, col, axes), (d0, d1), strict=True):
-        shaped.append(factor.movedim(-1, 0).unsqueeze(axis + 1))
-    b0 = th["b0"].reshape(8, *(1,) * (row.ndim))
-    return shaped[0], shaped[1], biases[0] + b0, biases[1]
+        w = torch.cat([w0[i : i + 3], w0[i + 6 : i + 9]])
+        bias.append((w.mT @ x.flatten(1)).reshape(8, *x.shape[1:]))
+    b0 = th["b0"].reshape(8, *(1,) * (bias[0].ndim - 1))
+    return factor[0], factor[1], bias[0] + b0, bias[1]
 
 
 def _scale(squares: Tensor, p: Tensor) -> Tensor:
-    """``1 / rms`` of features from their sums of squares over the matrix axes of ``p``."""
-    numel = math.prod(p.shape[-2:])
-    return torch.rsqrt(squares / numel + 1e-9)
+    """``1 / rms`` from sums of squares over the matrix axes of ``p``."""
+    return torch.rsqrt(squares / math.prod(p.shape[-2:]) + 1e-9)
 
 
-def _network(th: Tree, w: Tensor, bias: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """The first output of the network for features ``x * scale``.
+def _main_columns(th: Tree) -> Tensor:
+    """The first layer's weights of `_features`, ``(8, 18)``."""
+    return torch.cat([th["w0"][:15], th["w0"][27:]]).mT
+
+
+def _scaled(w: Tensor, x: Tensor, scale: Tensor, own: bool = False) -> tuple[Tensor, Tensor]:
+    """``w, x`` such that ``w @ x`` has the features scaled; by the weights if one scale is enough.
 
     Args:
-        w: ``(8, features)``; its scaled columns serve where the scale is one for all coordinates.
-        bias: ``(8, *)``, to be broadcast over the shape.
-        x: ``(features, *shape)``.
+        w: ``(8, features)``.
+        x: ``(features, *shape)``, overwritten if ``own``.
         scale: ``(features, *)``, to be broadcast over the shape.
     """
-    shape = x.shape[1:]
     if scale.numel() == scale.shape[0]:
-        w = w * scale.flatten()
-    else:
-        x = x * scale
-    h = torch.addmm(bias.expand(8, *shape).reshape(8, -1), w, x.flatten(1))
-    h = torch.addmm(th["b1"].unsqueeze(1), th["w1"].mT, torch.relu(h))
-    return (th["w2"][:, 0] @ torch.relu(h) + th["b2"][0]).reshape(shape)
+        return w * scale.flatten(), x
+    return w, (x.mul_(scale) if own else x * scale)
+
+
+def _layers(th: Tree) -> tuple[Tensor, ...]:
+    """The layers after the first, feature first, the last with the direction alone."""
+    return (th["w1"].mT, th["b1"].unsqueeze(1), th["w2"][:, 0].contiguous(), th["b2"][0])
+
+
+def _network(
+    layers: tuple[Tensor, ...],
+    w: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The first output of the network, ``(n,)``.
+
+    Args:
+        layers: of `_layers`.
+        w: ``(8, features)``.
+        bias: of the first layer, ``(8, n)``.
+        x: ``(features, n)``.
+        out: memory of the two layers, each ``(8, n)``.
+    """
+    first, second = out or (None, None)
+    w1, b1, w2, b2 = layers
+    relu = torch.relu if out is None else torch.relu_
+    x = relu(torch.addmm(bias, w, x, out=first))
+    x = relu(torch.addmm(b1, w1, x, out=second))
+    return w2 @ x + b2
+
+
+# -- memory of a tile --------------------------------------------------------------------------
+
+
+class _Slots(NamedTuple):
+    """Memory for `_features`: its parts by name."""
+
+    all: Any
+    g: Any
+    clipped: Any
+    p: Any
+    m: Any
+    rms: Any
+    m_root: Any
+    root: Any
+    g_factor: Any
+    g_root: Any
+    m_factor: Any
+
+    @classmethod
+    def none(cls) -> _Slots:
+        return cls(*(None,) * 11)
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Slots:
+        g, clipped, p, *_ = one = x.unbind(0)
+        parts = (x[3:6], one[6], x[7:10], one[10], x[11:14], one[14], x[15:])
+        return cls(x, g, clipped, p, *parts)
+
+
+class _Memory:
+    """Memory for one tile, used for all of them; the views of a shape are made once."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.flat_features = like.new_empty(18 * size)
+        self.flat_layers = like.new_empty(2 * 8 * size)
+        self.by_shape: dict[tuple[int, ...], _Slots] = {}
+
+    def features(self, shape: tuple[int, ...]) -> _Slots:
+        if shape not in self.by_shape:
+            flat = self.flat_features[: 18 * math.prod(shape)]
+            self.by_shape[shape] = _Slots.of(flat.view(18, *shape))
+        return self.by_shape[shape]
+
+    def layers(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        n = math.prod(shape)
+        first, second = self.flat_layers[: 16 * n].view(2, 8, n)
+        return first, second
