@@ -78,7 +78,7 @@ def coordinatewise(
 
         if not p.numel():  # vmap needs at least one coordinate to learn the state's shape
             like = torch.vmap(one)(p.new_zeros(1))
-            return {k: v[:0] for k, v in like.items()}
+            return trees.map(lambda x: x[:0], like)
         return torch.vmap(one)(p)
 
     def update_coordinates(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
