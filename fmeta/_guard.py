@@ -34,6 +34,13 @@ _METADATA |= {
 }
 
 
+_NOISE = (
+    "the function draws random numbers (dropout?), and recomputing it would draw others: draw the "
+    "noise outside and pass it in as data (a part of the batch), put the module into eval mode, or "
+    "use checkpoint=None"
+)
+
+
 def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> None:
     """Runs ``fn`` once on untraced stand-ins of ``args`` and raises on what it must not do.
 
@@ -56,11 +63,7 @@ def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> 
     after = _random_state()
     if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         _restore_random_state(before)
-        raise ValueError(
-            "the function draws random numbers (dropout?), and recomputing it would draw others: "
-            "draw the noise outside and pass it in as data (a part of the batch), put the module "
-            "into eval mode, or use checkpoint=None"
-        )
+        raise ValueError(_NOISE)
 
 
 class _Refuse(TorchFunctionMode):
@@ -75,6 +78,8 @@ class _Refuse(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name not in _METADATA:
             for x in trees.leaves((args, kwargs)):
+                if isinstance(x, torch.Generator):  # the global one shows by its state
+                    raise ValueError(_NOISE)
                 if isinstance(x, Tensor) and self.traced_outside(x):
                     raise ValueError(
                         f"`{name}` uses a closed-over tensor of shape {tuple(x.shape)} that is "
