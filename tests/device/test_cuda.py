@@ -1,0 +1,31 @@
+"""The whole law suite on every GPU device there is; without one, nothing of it has been run."""
+
+import pytest
+import torch
+
+from fmeta import learn, optimizers
+from fmeta.testing import check_optimizer
+
+DEVICES = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+AXES = {"normalized_mlp"}
+OF_A_TREE = {"per_parameter_sgd"}
+RULES = {
+    **{n: builder if n in OF_A_TREE else builder() for n, builder in optimizers.BUILDERS.items()},
+    "learned adam": learn(optimizers.adam, {"lr": "log", "betas": "log1m"}, lr=1e-2),
+}
+CASES = [(name, device) for device in DEVICES for name in RULES]
+
+
+def test_whether_a_gpu_was_there():
+    if not DEVICES:
+        pytest.skip("not run on a GPU")
+    assert torch.zeros(1, device=DEVICES[0]).device.type == "cuda"
+
+
+if CASES:
+
+    @pytest.mark.parametrize(("name", "device"), CASES)
+    def test_every_law(name, device):
+        check_optimizer(
+            RULES[name], equivariance="axes" if name in AXES else "coordinate", device=device
+        )
