@@ -1,0 +1,138 @@
+"""Mixed mode is the same gradient, differentiated forward over reverse."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
+
+import fmeta
+from fmeta import optimizers
+from fmeta._autodiff import grad_and_value
+from fmeta._mixed import mixed_grad_and_value
+from fmeta.random import fold_in
+
+DOUBLE = {"dtype": torch.float64}
+P = {
+    "w": torch.randn(3, generator=fold_in(0), **DOUBLE),
+    "b": torch.randn((), generator=fold_in(1), **DOUBLE),
+}
+X = torch.randn(4, 3, generator=fold_in(2), **DOUBLE)
+S = torch.tensor(1.3, **DOUBLE)
+
+
+def loss(p, x, s):
+    value = torch.tanh(x @ p["w"] * s + p["b"]).pow(3).sum()
+    return value, {"seen": value * s, "count": torch.tensor(4), "name": None}
+
+
+def cubes(tree):
+    return sum((x**3).sum() for x in tree_leaves(tree) if x.is_floating_point())
+
+
+def size(gradient):
+    """A scalar of gradient, loss and aux, that any transform can be tried on."""
+
+    def fn(p, x, s):
+        grads, (value, aux) = gradient(loss, p, x, s)
+        return cubes(grads) + value.sin() + aux["seen"].cos()
+
+    return fn
+
+
+ALL = (0, 1, 2)
+TANGENTS = ({"w": P["w"], "b": -P["b"]}, X.flip(0), 2 * S)
+X2, S2 = torch.stack([X, -X]), torch.stack([S, 2 * S])
+
+
+def by_autograd(f, order):
+    leaves = [P["w"].clone(), P["b"].clone(), X.clone(), S.clone()]
+    leaves = [x.requires_grad_() for x in leaves]
+    w, b, x, s = leaves
+    first = torch.autograd.grad(f({"w": w, "b": b}, x, s), leaves, create_graph=order == 2)
+    return first if order == 1 else torch.autograd.grad(cubes(first), leaves)
+
+
+TRANSFORMS = {
+    "value": lambda f: f(P, X, S),
+    "no_grad": lambda f: torch.no_grad()(f)(P, X, S),
+    "grad": lambda f: grad(f, ALL)(P, X, S),
+    "grad of one": lambda f: grad(f, 2)(P, X, S),
+    "vjp": lambda f: vjp(f, P, X, S)[1](S),
+    "jvp": lambda f: jvp(f, (P, X, S), TANGENTS),
+    "jvp of one": lambda f: jvp(lambda s: f(P, X, s), (S,), (S,)),
+    "grad of grad": lambda f: grad(lambda *a: cubes(grad(f, ALL)(*a)), ALL)(P, X, S),
+    "jvp of grad": lambda f: jvp(grad(f, ALL), (P, X, S), TANGENTS),
+    "grad of jvp": lambda f: grad(lambda s: jvp(lambda t: f(P, X, t), (s,), (S,))[1])(S),
+    "vmap": lambda f: vmap(f, (None, 0, 0))(P, X2, S2),
+    "vmap of grad": lambda f: vmap(grad(f, ALL), (None, 0, 0))(P, X2, S2),
+    "grad of vmap": lambda f: grad(lambda p: cubes(vmap(f, (None, 0, 0))(p, X2, S2)))(P),
+    "backward": lambda f: by_autograd(f, 1),
+    "double backward": lambda f: by_autograd(f, 2),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_equals_plain_gradients_under(transform):
+    got = TRANSFORMS[transform](size(mixed_grad_and_value))
+    want = TRANSFORMS[transform](size(grad_and_value))
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_aux_keeps_integers_and_none():
+    _, (_, aux) = mixed_grad_and_value(loss, P, X, S)
+    assert aux["count"] == 4
+    assert aux["name"] is None
+
+
+def test_a_parameter_that_the_loss_does_not_read():
+    fn = lambda p, x: (p["w"].square().sum() * x, ())
+    unused = {"w": P["w"], "u": S}
+    outer = lambda p: cubes(mixed_grad_and_value(fn, p, S)[0])
+    plain = lambda p: cubes(grad_and_value(fn, p, S)[0])
+    assert mixed_grad_and_value(fn, unused, S)[0]["u"] == 0
+    torch.testing.assert_close(grad(outer)(unused)["w"], grad(plain)(unused)["w"])
+
+
+def test_the_loss_returned_as_aux_too():
+    fn = lambda p, x: ((v := (p["w"] * x).sum().square()), {"loss": v, "x": x})
+    meta = lambda x: sum(
+        y.sum() for y in tree_leaves(mixed_grad_and_value(fn, {"w": P["w"]}, x)[1])
+    )
+    torch.testing.assert_close(grad(meta)(S), 4 * P["w"].sum() ** 2 * S + 1)
+
+
+def test_noise_in_the_loss_is_refused():
+    drop = nn.Dropout(0.5)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        fmeta.unroll(
+            optimizers.sgd(0.1),
+            lambda p, x: drop(p["w"]).sum(),
+            {},
+            P,
+            torch.zeros(3),
+            mixed_mode=True,
+        )
+
+
+@pytest.mark.parametrize("order", [True, "gradients", "inputs"])
+def test_first_order_is_refused(order):
+    with pytest.raises(ValueError, match=r"mixed_mode=True cannot be combined.*drop one"):
+        fmeta.unroll(
+            optimizers.sgd(0.1),
+            lambda p, x: p["b"].square(),
+            {},
+            P,
+            torch.zeros(3),
+            mixed_mode=True,
+            first_order=order,
+        )
+
+
+def test_a_loss_that_is_no_scalar_is_refused_as_without():
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"floating scalar, got a tensor of shape \(3,\)"):
+            fmeta.unroll(
+                optimizers.sgd(0.1), lambda p, x: p["w"], {}, P, torch.zeros(3), mixed_mode=mode
+            )
