@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 import fmeta
 from fmeta import functionalize, learn, optimizers, trees
@@ -54,15 +53,6 @@ def on(device, tree):
     return trees.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), tree)
 
 
-class IndexWithoutDeviceGuard(TorchFunctionMode):
-    """Writes out indexing, whose Python binding asks for the CUDA library."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__getitem__:
-            return indexed(*args)
-        return func(*args, **(kwargs or {}))
-
-
 def contiguous(x):
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -94,8 +84,9 @@ def fake():
     with (
         torch.no_grad(),
         FakeTensorMode(),
-        IndexWithoutDeviceGuard(),
-        mock.patch.object(torch.Tensor, "contiguous", contiguous),  # as for indexing
+        # The Python bindings of these two ask for the CUDA library.
+        mock.patch.object(torch.Tensor, "contiguous", contiguous),
+        mock.patch.object(torch.Tensor, "__getitem__", indexed),
     ):
         yield
 
