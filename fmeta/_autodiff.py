@@ -70,18 +70,17 @@ def grad_and_value(
     if inside_transform() or (recording and not visible):
         # `recording and not visible`: `fn` may still close over a tensor that requires grad, and
         # only torch.func keeps that graph without making every result require grad.
-        others: list[Any] = []  # of aux: torch.func lets only tensors out
+        rebuild_aux: list[Any] = []  # torch.func lets only tensors out
 
         def flat_fn(flat: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
             loss, aux = fn(trees.unflatten(spec, flat), *args)
             check_scalar(loss)
-            leaves, aux_spec = trees.flatten(aux)
-            others[:] = [aux_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]]
-            return loss, tuple(x for x in leaves if isinstance(x, Tensor))
+            found, rebuilder = trees.tensors(aux)
+            rebuild_aux[:] = [rebuilder]
+            return loss, tuple(found)
 
         grads, (loss, found) = torch.func.grad_and_value(flat_fn, has_aux=True)(tuple(flat))
-        tensors, (aux_spec, constants) = iter(found), others
-        aux = trees.unflatten(aux_spec, [next(tensors) if c is None else c[0] for c in constants])
+        aux = rebuild_aux[0](found)
         return trees.unflatten(spec, grads), (loss, aux)
     with torch.enable_grad():
         # Fresh aliases: a parameter may also be one of `args` (a proximal term), as a constant.

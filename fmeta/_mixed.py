@@ -35,27 +35,21 @@ def mixed_grad_and_value(
     Returns:
         ``(grads, (loss, aux))``.
     """
-    inputs, spec = trees.flatten((params, args))
-    constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-    n = len(trees.leaves(params))
-    params_spec = trees.flatten(params)[1]
-    found: list[Any] = []
+    inputs, rebuild = trees.tensors((params, args))
+    leaves, params_spec = trees.flatten(params)
+    n = len(leaves)
+    rebuild_aux: list[Any] = []  # known after the first run
 
-    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        it = iter(tensors)
-        p, a = trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants])
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        p, a = rebuild(values)
         loss, aux = fn(p, *a)
         _autodiff.check_scalar(loss)
-        leaves, aux_spec = trees.flatten(aux)
-        if not found:
-            found.append((aux_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]))
-        return (loss, *[x for x in leaves if isinstance(x, Tensor)])
+        found, rebuilder = trees.tensors(aux)
+        rebuild_aux[:] = [rebuilder]
+        return (loss, *found)
 
-    out = _MixedGrad.apply(flat, n, *[x for x in inputs if isinstance(x, Tensor)])
-    aux_spec, aux_constants = found[0]
-    rest = iter(out[n + 1 :])
-    aux = trees.unflatten(aux_spec, [next(rest) if c is None else c[0] for c in aux_constants])
-    return trees.unflatten(params_spec, out[:n]), (out[n], aux)
+    out = _MixedGrad.apply(flat, n, *inputs)
+    return trees.unflatten(params_spec, out[:n]), (out[n], rebuild_aux[0](out[n + 1 :]))
 
 
 class _MixedGrad(torch.autograd.Function):

@@ -36,25 +36,16 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any) -> Any:
-        inputs, spec = trees.flatten(args)
-        constants = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-        found: list[Any] = []  # structure and constants of the result, known after the first run
+        inputs, rebuild = trees.tensors(args)
+        rebuild_result: list[Any] = []  # known after the first run
 
-        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            it = iter(tensors)
-            result = fn(
-                *trees.unflatten(spec, [next(it) if c is None else c[0] for c in constants])
-            )
-            leaves, out_spec = trees.flatten(result)
-            if not found:
-                found.append((out_spec, [None if isinstance(x, Tensor) else (x,) for x in leaves]))
-            return _distinct([x for x in leaves if isinstance(x, Tensor)], tensors)
+        def flat(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs, rebuilder = trees.tensors(fn(*rebuild(values)))
+            rebuild_result[:] = [rebuilder]
+            return _distinct(outputs, values)
 
-        outputs = iter(_Remat.apply(flat, *[x for x in inputs if isinstance(x, Tensor)]))
-        out_spec, out_constants = found[0]
-        return trees.unflatten(
-            out_spec, [next(outputs) if c is None else c[0] for c in out_constants]
-        )
+        outputs = _Remat.apply(flat, *inputs)
+        return rebuild_result[0](outputs)
 
     return wrapped
 

@@ -26,6 +26,7 @@ __all__ = [
     "path_string",
     "paths",
     "shape_classes",
+    "tensors",
     "unflatten",
 ]
 
@@ -134,6 +135,24 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     if dtype is torch.float32 or dtype is torch.float64:
         return dtype
     return torch.promote_types(dtype, torch.float32)
+
+
+def tensors(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
+    """The tensors of a tree, and the function that puts others in their places.
+
+    Example:
+        >>> found, rebuild = tensors({"a": torch.ones(2), "b": (3, None)})
+        >>> rebuild([x * 2 for x in found])
+        {'a': tensor([2., 2.]), 'b': (3, None)}
+    """
+    flat, spec = flatten(tree)
+    constants = [None if isinstance(x, Tensor) else (x,) for x in flat]
+
+    def rebuild(values: Iterable[Tensor]) -> Tree:
+        it = iter(values)
+        return unflatten(spec, [next(it) if c is None else c[0] for c in constants])
+
+    return [x for x in flat if isinstance(x, Tensor)], rebuild
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
