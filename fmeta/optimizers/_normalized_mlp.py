@@ -401,7 +401,7 @@ def _factored(
     both = state["row"], state["col"]
     parts = zip(both, factors(*both, axes), axes[::-1], (15, 18), strict=True)
     for second, its_factor, axis, i in parts:
-        factor.append(its_factor.movedim(-1, 0).unsqueeze(axis + 1))
+        factor.append(its_factor.movedim(-1, 0).contiguous().unsqueeze(axis + 1))
         x = second.movedim(-1, 0).unsqueeze(axis + 1)
         x = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), (-2, -1))
         w = torch.cat([w0[i : i + 3], w0[i + 6 : i + 9]])
@@ -455,11 +455,12 @@ def _network(
         out: memory of the two layers, each ``(8, n)``.
     """
     first, second = out or (None, None)
+    rest = None if first is None else first[0]
     w1, b1, w2, b2 = layers
     relu = torch.relu if out is None else torch.relu_
     x = relu(torch.addmm(bias, w, x, out=first))
     x = relu(torch.addmm(b1, w1, x, out=second))
-    return w2 @ x + b2
+    return torch.add(torch.mv(x.mT, w2, out=rest), b2, out=rest)
 
 
 # -- memory of a tile --------------------------------------------------------------------------
