@@ -15,9 +15,9 @@ For each coordinate (a weight of a large matrix) the step needs
   written (4) and, after its rms is known, read, and the parameter read and written (12).
 
 A functional step returns new tensors: where these come from fresh pages (above 32 MB each with
-glibc), the system's zeroing of pages is part of the time; ``clone`` shows how much. It is avoided by
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456 (glibc then keeps
-freed memory), and less by THP_MEM_ALLOC_ENABLE=1 (torch asks for huge pages).
+glibc), the system's zeroing of pages is part of the time; ``clone`` shows how much. With
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456 in the environment
+glibc keeps freed memory; THP_MEM_ALLOC_ENABLE=1 (torch asks for huge pages) helps less.
 
 CPU time of one thread, medians. Run: ``python benchmarks/normalized_mlp_step.py [--quick]``.
 """
