@@ -73,12 +73,13 @@ def save_tree(
     write_bytes(path, safetensors.torch.save(tensors, dict(metadata or {})))
 
 
-def load_tree(path: str | os.PathLike[str], like: Any) -> Any:
+def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = False) -> Any:
     """Reads a tree of tensors that `save_tree` wrote.
 
     Args:
         path: the file.
         like: a tree of the same structure; names, shapes and dtypes are checked against it.
+        any_float: floating arrays may be of another floating dtype, which they keep.
 
     Raises:
         ValueError: no safetensors file, or arrays that are missing, superfluous or of another
@@ -96,7 +97,8 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> Any:
     flat, spec = trees.flatten(like)
     for name, want in zip(names, flat, strict=True):
         got = tensors[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
+        floats = any_float and got.is_floating_point() and want.is_floating_point()
+        if got.shape != want.shape or not (floats or got.dtype == want.dtype):
             raise ValueError(
                 f"{path}: array {name} has shape {tuple(got.shape)} and dtype {got.dtype}, "
                 f"expected {tuple(want.shape)} and {want.dtype}"

@@ -62,18 +62,29 @@ def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimi
         >>> load(path)[1]
         {'weight': tensor([[-0.5000,  0.0000]])}
     """
+    rule_name, arguments = _header(path)
+    optimizer = _build(rule_name, {**arguments, **builder_arguments})
+    return optimizer, _files.load_tree(path, optimizer.init(), any_float=True)
+
+
+def _header(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """The rule's name and arguments, from a file's header."""
     metadata = _files.read_metadata(path)
     if _KEY not in metadata:
         raise ValueError(
             f"{path} was not written by fmeta.pretrained.save: its header names no rule"
         )
-    header = json.loads(metadata[_KEY])
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has format {header.get('format')!r}, but this version reads {_FORMAT}"
-        )
-    optimizer = _build(header["rule"], {**header["arguments"], **builder_arguments})
-    return optimizer, _files.load_tree(path, optimizer.init())
+    try:
+        header = json.loads(metadata[_KEY])
+        version = header["format"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} has a header that is damaged: {metadata[_KEY]!r}") from None
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version!r}, but this version reads {_FORMAT}")
+    rule_name, arguments = header.get("rule"), header.get("arguments")
+    if not isinstance(rule_name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"{path} has a header that is damaged: {metadata[_KEY]!r}")
+    return rule_name, arguments
 
 
 def _build(rule_name: str, arguments: dict[str, Any]) -> Optimizer:
