@@ -1,0 +1,183 @@
+"""The full estimator is the gradient of unroll, averaged over tasks that integers fix."""
+
+import pytest
+import torch
+from torch.func import grad
+
+import fmeta
+from fmeta import estimators, optimizers, trees
+from fmeta.random import fold_in
+from fmeta.tasks import TaskFamily, loss_of_task, sample_task
+
+DOUBLE = {"dtype": torch.float64}
+T = 4
+
+
+def quadratics():
+    """Tasks with a curvature of their own, noisy targets, and another split."""
+
+    def batches(config, generator, steps, split="train"):
+        noise = torch.randn(steps, 3, generator=generator, **DOUBLE)
+        return noise + (1.0 if split == "validation" else 0.0)
+
+    return TaskFamily(
+        torch.tensor([1.0, 2.0, 3.0], **DOUBLE),
+        lambda generator: {"k": 1 + torch.rand((), generator=generator, **DOUBLE)},
+        lambda config, generator: {"w": torch.randn(3, generator=generator, **DOUBLE)},
+        batches,
+        lambda data, config, p, b: config["k"] * (data * (p["w"] - b).square()).sum(),
+    )
+
+
+FAMILY = quadratics()
+RULE = fmeta.learn(optimizers.sgd, {"lr": "log", "momentum": "logit"}, lr=0.02, momentum=0.5)
+META = trees.cast(RULE.init(), torch.float64)
+
+
+def by_hand(opt_params, i, *, start=None, seed=3, step=0, split=None, score=None, rule=RULE):
+    """One task: sampled and unrolled without the estimator."""
+    task = sample_task(FAMILY, T, seed, step, i)
+    shown = None if split is None else sample_task(FAMILY, T, seed, step, i, split=split).batches
+    run = fmeta.unroll(
+        rule,
+        loss_of_task(FAMILY),
+        opt_params,
+        task.model_params if start is None else start,
+        task.batches,
+        loss_args=(task.config,),
+        eval_batches=shown,
+    )
+    if score is not None:
+        return score(run)
+    return (run.losses if split is None else run.eval_losses).mean()
+
+
+def close(got, want, tol=1e-10):
+    trees.map(lambda a, b: torch.testing.assert_close(a, b, rtol=tol, atol=tol), got, want)
+
+
+def estimate(meta=META, *, seed=3, skip=0, **options):
+    arguments = {"num_tasks": 3, "horizon": T, **options}
+    estimator = estimators.full(arguments.pop("rule", RULE), FAMILY, **arguments)
+    state = estimator.init(meta, seed)
+    for _ in range(skip):
+        _, state = estimator.estimate(meta, state)
+    return estimator.estimate(meta, state)
+
+
+def mean_of(fn):
+    return lambda meta: torch.stack([fn(meta, i) for i in range(3)]).mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"checkpoint": "sqrt"}, {"checkpoint": 2}, {"mixed_mode": True}],
+    ids=str,
+)
+def test_it_is_the_gradient_of_unroll(options):
+    got, _ = estimate(**options)
+    want = mean_of(by_hand)
+    close(got.loss, want(META))
+    close(got.grads, grad(want)(META))
+    assert got.metrics["losses"].shape == (3, T)
+
+
+def test_first_order_reaches_unroll():
+    rule = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=0.02)
+    meta = trees.cast(rule.init(), torch.float64)
+    exact, first = (estimate(meta, rule=rule, first_order=o)[0] for o in (False, True))
+    close(exact.loss, first.loss)
+    assert (exact.grads["lr"] - first.grads["lr"]).abs() > 1e-6
+
+
+def test_an_eval_split_is_what_counts():
+    got, _ = estimate(eval_split="validation")
+    want = mean_of(lambda th, i: by_hand(th, i, split="validation"))
+    close(got.loss, want(META))
+    close(got.grads, grad(want)(META))
+
+
+def test_a_meta_loss_of_ones_own():
+    score = lambda run: run.losses[-1] + run.params["w"].square().sum()
+    got, _ = estimate(meta_loss=score)
+    want = mean_of(lambda th, i: by_hand(th, i, score=score))
+    close(got.grads, grad(want)(META))
+
+
+def test_tasks_do_not_depend_on_how_they_are_grouped():
+    losses = {n: estimate(num_tasks=n)[0].metrics["losses"] for n in (1, 2, 5)}
+    torch.testing.assert_close(losses[5][:2], losses[2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses[5][:1], losses[1], rtol=1e-12, atol=0)
+
+
+def test_an_estimate_is_a_function_of_seed_and_step():
+    one, two = estimate(skip=2), estimate(skip=2)
+    assert torch.equal(one[0].loss, two[0].loss)
+    assert all(torch.equal(one[0].grads[k], two[0].grads[k]) for k in META)
+    assert one[1] == two[1]
+    close(one[0].grads, grad(mean_of(lambda th, i: by_hand(th, i, step=2)))(META))
+    assert not torch.equal(one[0].loss, estimate(skip=1)[0].loss)
+    assert not torch.equal(one[0].loss, estimate(skip=2, seed=4)[0].loss)
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    estimate()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_state_is_integers():
+    assert tuple(estimate(skip=1)[1]) == (3, 2)
+
+
+START = {"w": torch.randn(3, generator=fold_in(9), **DOUBLE)}
+
+
+def test_bind_for_the_initialisation():
+    got, _ = estimate(START, rule=optimizers.sgd(0.02), bind=lambda meta, config: ({}, meta))
+    want = mean_of(lambda w, i: by_hand({}, i, start=w, rule=optimizers.sgd(0.02)))
+    close(got.grads, grad(want)(START))
+
+
+def test_bind_for_both():
+    meta = {"rule": META, "start": START}
+    got, _ = estimate(meta, bind=lambda meta, config: (meta["rule"], meta["start"]))
+    want = mean_of(lambda m, i: by_hand(m["rule"], i, start=m["start"]))
+    close(got.grads, grad(want)(meta))
+
+
+def test_bind_sees_the_config():
+    bind = lambda meta, config: ({"lr": meta["lr"] - config["k"].log()}, None)
+    rule = fmeta.learn(optimizers.sgd, {"lr": "log"})
+    meta = {"lr": torch.tensor(-3.0, **DOUBLE)}
+    got, _ = estimate(meta, rule=rule, bind=bind)
+
+    def want(meta, i):
+        config = sample_task(FAMILY, T, 3, 0, i).config
+        return by_hand(bind(meta, config)[0], i, rule=rule)
+
+    close(got.grads, grad(mean_of(want))(meta))
+
+
+def test_nothing_outside_is_recorded():
+    leaf = trees.map(lambda x: x.clone().requires_grad_(), META)
+    got, _ = estimate(leaf)
+    assert not any(g.requires_grad for g in (*trees.leaves(got.grads), got.loss))
+    close(got.grads, estimate()[0].grads)
+
+
+def test_meta_training_by_hand_learns():
+    estimator = estimators.full(RULE, FAMILY, num_tasks=3, horizon=T)
+    outer, meta = optimizers.adam(0.1), META
+    hidden, state = outer.init_hidden({}, meta), estimator.init(meta, 0)
+    for _ in range(30):
+        got, state = estimator.estimate(meta, state)
+        meta, hidden = outer.step({}, meta, got.grads, hidden)
+    judge = lambda th: estimate(th, seed=77, num_tasks=50)[0].loss  # tasks that it did not see
+    assert judge(meta) < judge(META) - 0.1
+
+
+@pytest.mark.parametrize("name", ["num_tasks", "horizon"])
+def test_numbers_below_1_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        estimate(**{name: 0})
