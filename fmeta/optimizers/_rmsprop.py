@@ -71,7 +71,7 @@ def rmsprop(
         u = g / (safe_sqrt(second) + eps)
         if not plain:
             u = new["m"] = momentum * h["m"] + u
-        return -lr * u, new
+        return -lr * u, {name: new[name] for name in names}  # in one order: no recompilation
 
     return lift(
         nothing_to_learn,
