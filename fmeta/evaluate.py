@@ -92,6 +92,9 @@ def tune(
 
     Returns:
         One of ``rates``. A rate whose loss is not finite never wins.
+
+    Raises:
+        ValueError: when the loss is finite for none of the rates.
     """
     tasks = stack_tasks([sample_task(family, num_steps, seed, i) for i in range(num_seeds)])
     shown = stack_tasks(
@@ -115,7 +118,10 @@ def tune(
         by_seed = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))
         by_rate = torch.vmap(by_seed, in_dims=(0, None, None, None, None))
         losses = by_rate(torch.tensor(rates), *tasks, shown)
-    score = final_loss(losses).mean(-1).nan_to_num(nan=float("inf"))
+    score = final_loss(losses).mean(-1)
+    score = torch.where(score.isfinite(), score, torch.inf)
+    if not score.isfinite().any():
+        raise ValueError(f"the final loss is not finite for any of the rates {list(rates)}")
     return rates[int(score.argmin())]
 
 
