@@ -5,6 +5,9 @@ function of that shape or a transform of one, so whatever goes into training (th
 optimizer, the initial parameters of a model, or both) can be learned by differentiating through it.
 """
 
+import importlib
+from typing import Any
+
 from fmeta import functional, optimizers, pretrained, random, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._learn import learn
@@ -27,6 +30,20 @@ from fmeta.functional import functionalize, loss_of
 from fmeta.optimizer import Hidden, Optimizer, apply_updates, optimizer_from_step
 
 __version__ = "0.1.0"
+
+# Imported when first used: they bring along scikit-learn, plotting or the command line.
+_LAZY = ("estimators", "evaluate", "meta_train", "plot", "tasks", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"fmeta.{name}")
+    raise AttributeError(f"module 'fmeta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "Hidden",

@@ -117,18 +117,12 @@ def _pull(
     cotangents = dict(zip(given, flat[count:], strict=True))
     totals: list[Tensor | None] = [None] * len(wrt)
 
-    def grads(*params: Tensor) -> tuple[Tensor, ...]:
-        full = (*params, *args[n:])
-        return torch.func.grad(
-            lambda *inputs: fn(*_filled(full, wrt, inputs))[0], argnums=tuple(range(len(wrt)))
-        )(*[full[i] for i in wrt])
-
     if any(i < n for i in cotangents):
         v = tuple(cotangents[i] if i in cotangents else torch.zeros_like(args[i]) for i in range(n))
-        out = torch.func.jvp(grads, args[:n], v)
-        first, totals = out[0], list(out[1])
+        first, tangents = _jvp_of_gradient(fn, n, wrt, args, v)
+        totals = list(tangents)
     elif n in cotangents:
-        first = grads(*args[:n])
+        first = _gradient(fn, wrt, args)
     if n in cotangents:
         totals = [_plus(t, cotangents[n] * g) for t, g in zip(totals, first, strict=True)]
     aux = [i for i in given if i > n]
@@ -140,6 +134,45 @@ def _pull(
         )
         totals = [_plus(t, g) for t, g in zip(totals, pulled, strict=True)]
     return tuple(t for t in totals if t is not None)
+
+
+def _gradient(fn: Any, wrt: tuple[int, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.func.grad(
+        lambda *inputs: fn(*_filled(args, wrt, inputs))[0], argnums=tuple(range(len(wrt)))
+    )(*[args[i] for i in wrt])
+
+
+def _jvp_of_gradient(
+    fn: Any, n: int, wrt: tuple[int, ...], args: tuple[Tensor, ...], v: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradient with respect to ``wrt``, and its derivative along v (in the first n arguments)."""
+    floats = [i for i, x in enumerate(args) if _autodiff.is_differentiable(x)]
+    # Some of torch's formulas (of mse_loss) fail where a tangent is missing: there the other
+    # arguments get tangents of zeros, which costs more.
+    for moved in (list(range(n)), floats):
+
+        def at(*values: Tensor, moved: list[int] = moved) -> tuple[Tensor, ...]:
+            return _gradient(fn, wrt, tuple(_filled(args, tuple(moved), values)))
+
+        tangents = tuple(v[i] if i < n else torch.zeros_like(args[i]) for i in moved)
+        try:
+            return torch.func.jvp(at, tuple(args[i] for i in moved), tangents)
+        except NotImplementedError as error:
+            raise _unsupported(error) from error
+        except RuntimeError as error:
+            if "forward AD" in str(error):
+                raise _unsupported(error) from error
+            if "ZeroTensor" not in str(error) or moved is floats:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _unsupported(error: Exception) -> ValueError:
+    return ValueError(
+        "mixed_mode needs forward-mode derivatives of the gradient, which torch lacks for an "
+        f"operation of the loss ({str(error).splitlines()[0]}): write that operation out, or "
+        "use mixed_mode=False"
+    )
 
 
 def _push(fn: Any, n: int, wrt: tuple[int, ...], count: int, *flat: Tensor) -> tuple[Tensor, ...]:

@@ -134,14 +134,30 @@ def required(rule: Any, name: str) -> Callable[..., Any]:
 def delta_of(rule: Any) -> Callable[..., tuple[Tensor, Any]]:
     """The rule's ``update``, or its ``step`` turned into one."""
     if hasattr(rule, "update"):
-        return rule.update
+
+        def checked(*args: Any, **extra: Any) -> tuple[Tensor, Any]:
+            return pair(rule.update(*args, **extra), "update", "(delta, hidden)")
+
+        return checked
     step = required(rule, "step")
 
     def update(th: Tree, p: Tensor, g: Tensor, h: Any, **extra: Any) -> tuple[Tensor, Any]:
-        new, h = step(th, p, g, h, **extra)
+        new, h = pair(step(th, p, g, h, **extra), "step", "(param, hidden)")
         return new - p, h
 
     return update
+
+
+def pair(result: Any, name: str, wanted: str) -> tuple[Tensor, Any]:
+    """The pair a rule returned, or a ValueError that says what it should be."""
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
+        got = (
+            f"({', '.join(type(x).__name__ for x in result)})"
+            if isinstance(result, tuple)
+            else f"a {type(result).__name__}"
+        )
+        raise ValueError(f"the rule's {name} must return {wanted}, got {got}")
+    return result
 
 
 def check_delta(delta: Any, param: Tensor) -> None:

@@ -169,6 +169,19 @@ def optimizer_from_step(
     return Optimizer(lambda generator=None: init(generator), start, update, frozenset(needs))
 
 
+def check_optimizer_type(value: Any, what: str) -> None:
+    """Raises a TypeError that names the cure unless ``value`` is an `Optimizer`."""
+    if isinstance(value, Optimizer):
+        return
+    if callable(value) and hasattr(value, "__name__"):
+        cure = f"call the builder: {value.__name__}(...)"
+    elif hasattr(value, "param_groups"):
+        cure = "objects of torch.optim are no pure functions; use one of fmeta.optimizers"
+    else:
+        cure = "build one with fmeta.optimizers, a lift, or fmeta.Optimizer(init, init_hidden, update)"
+    raise TypeError(f"{what} must be an fmeta.Optimizer, got {type(value).__name__}: {cure}")
+
+
 def check_params(model_params: Tree, *, allow_none: bool = True) -> None:
     """Raises unless every leaf is a floating tensor (or None), all on one device."""
     device = None

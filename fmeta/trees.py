@@ -14,6 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
+from fmeta._traced_trees import TracedSpec
+
 __all__ = [
     "cast",
     "common_device",
@@ -26,6 +28,7 @@ __all__ = [
     "path_string",
     "paths",
     "shape_classes",
+    "stack",
     "tensors",
     "unflatten",
 ]
@@ -35,17 +38,22 @@ Tree = Any
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Leaves of a tree (``None`` included) and its structure; dicts in sorted key order."""
+    if torch.compiler.is_compiling():
+        found: list[Any] = []
+        return found, TracedSpec.of(tree, found)
     return optree.tree_flatten(tree, none_is_leaf=True)
 
 
 def unflatten(spec: Any, leaves: Iterable[Any]) -> Tree:
     """The tree of structure ``spec`` with these leaves."""
+    if isinstance(spec, TracedSpec):
+        return spec.build(list(leaves), 0)
     return optree.tree_unflatten(spec, list(leaves))
 
 
 def leaves(tree: Tree) -> list[Any]:
     """Leaves of a tree (``None`` included), dicts in sorted key order."""
-    return optree.tree_flatten(tree, none_is_leaf=True)[0]
+    return flatten(tree)[0]
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -61,8 +69,25 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def paths(tree: Tree) -> list[str]:
-    """The path of each leaf, in the order of `flatten`."""
-    return [path_string(p) for p in optree.tree_paths(tree, none_is_leaf=True)]
+    """The path of each leaf, in the order of `flatten`; fields of NamedTuples by their names."""
+    if torch.compiler.is_compiling():
+        return [path_string(p) for p in flatten(tree)[1].paths()]
+    accessors = optree.tree_accessors(tree, none_is_leaf=True)
+    return [path_string([_name(entry) for entry in accessor]) for accessor in accessors]
+
+
+def stack(many: Sequence[Tree]) -> Tree:
+    """Trees of one structure and shapes side by side, along a new leading dimension.
+
+    Batches of a data loader become what `fmeta.unroll` takes, tasks what `vmap` takes.
+
+    Example:
+        >>> stack([{"x": torch.zeros(3)}, {"x": torch.ones(3)}])["x"].shape
+        torch.Size([2, 3])
+    """
+    if not many:
+        raise ValueError("there is nothing to stack")
+    return map(lambda *xs: torch.stack(xs), many[0], *many[1:])
 
 
 def flatten_up_to(spec: Any, tree: Tree, like: Tree, what: str) -> list[Any]:
@@ -189,6 +214,10 @@ def shape_classes(
     for members in classes.values():
         groups += [members] if len(members) >= min_size else [[i] for i in members]
     return groups
+
+
+def _name(entry: Any) -> Any:
+    return entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry
 
 
 def _describe(value: Any) -> str:

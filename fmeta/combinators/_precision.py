@@ -8,7 +8,13 @@ import torch
 
 from fmeta import trees
 from fmeta.combinators._parts import start, states_of
-from fmeta.optimizer import Hidden, Optimizer, apply_updates, check_params
+from fmeta.optimizer import (
+    Hidden,
+    Optimizer,
+    apply_updates,
+    check_optimizer_type,
+    check_params,
+)
 
 __all__ = ["hidden_dtype", "master_weights"]
 
@@ -42,6 +48,8 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
         >>> p["w"]
         tensor([0.9961], dtype=torch.bfloat16)
     """
+
+    check_optimizer_type(optimizer, "optimizer")
 
     def copies(model_params: Tree, states: list[Any]) -> Tree:
         flat, spec = trees.flatten(model_params)
@@ -122,6 +130,7 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
         >>> rule.init_hidden({}, {"w": torch.ones(2)}).leaves["w"]["m"].dtype
         torch.bfloat16
     """
+    check_optimizer_type(optimizer, "optimizer")
     if not dtype.is_floating_point:
         raise ValueError(f"hidden_dtype must be a floating dtype, got {dtype}")
 

@@ -7,7 +7,7 @@ from typing import Any
 from fmeta import trees
 from fmeta._lift import per_leaf
 from fmeta._numbers import check_numbers
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 
 __all__ = ["with_weight_decay"]
 
@@ -24,6 +24,7 @@ def with_weight_decay(optimizer: Optimizer, rate: Any) -> Optimizer:
     Returns:
         An `Optimizer` with the same ``opt_params`` and hidden state.
     """
+    check_optimizer_type(optimizer, "optimizer")
     check_numbers("rate", rate)
 
     def update(

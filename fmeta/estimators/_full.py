@@ -11,7 +11,7 @@ from torch import Tensor
 from fmeta._autodiff import grad_and_value
 from fmeta._unroll import Run, unroll
 from fmeta.estimators._contract import Bind, Estimate, Estimator, bind_opt_params
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.tasks import TaskFamily, loss_of_task, sample_task, stack_tasks
 
 __all__ = ["full"]
@@ -68,6 +68,7 @@ def full(
     for name, value in (("num_tasks", num_tasks), ("horizon", horizon)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_optimizer_type(optimizer, "optimizer")
     bind = bind or bind_opt_params
     score = meta_loss or _mean_loss
     loss_fn = loss_of_task(family)
@@ -75,7 +76,13 @@ def full(
     def one(
         meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
     ) -> tuple[Tensor, Tensor]:
-        opt_params, start = bind(meta_params, config)
+        bound = bind(meta_params, config)
+        if not isinstance(bound, tuple) or len(bound) != 2:
+            raise ValueError(
+                "bind must return (opt_params, model_params or None), got a "
+                f"{type(bound).__name__}"
+            )
+        opt_params, start = bound
         run = unroll(
             optimizer,
             loss_fn,

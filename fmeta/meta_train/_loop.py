@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmeta import _files, trees
 from fmeta.estimators import Estimator
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 
 __all__ = ["Result", "resume", "run"]
 
@@ -45,6 +45,7 @@ class _State(NamedTuple):
     best_value: float
     misses: int
     step: int
+    seed: int
 
 
 def run(
@@ -87,9 +88,21 @@ def run(
     Raises:
         FloatingPointError: a meta-loss or meta-gradient that is not finite (with the step); a
             checkpoint of the state before it is saved first.
+        FileExistsError: the folder holds a checkpoint already: `resume` it, or choose another.
         OSError: an unwritable folder, before any work.
-        ValueError: options that cannot be meant.
+        ValueError: options that cannot be meant, or meta-parameters without a tensor.
+        TypeError: ``outer`` is not an `Optimizer`.
     """
+    check_optimizer_type(outer, "outer")
+    if not any(isinstance(x, Tensor) for x in trees.leaves(meta_params)):
+        raise ValueError("meta_params hold no tensor: there is nothing to learn")
+    if checkpoint_folder is not None and _restored is None:
+        path = Path(checkpoint_folder) / _CHECKPOINT
+        if path.exists():
+            raise FileExistsError(
+                f"{path} is the checkpoint of another run: go on with it by resume(...), delete "
+                "it, or choose another folder"
+            )
     loop = _Loop(
         estimator,
         outer,
@@ -125,7 +138,8 @@ def resume(
 
     Raises:
         FileNotFoundError: no checkpoint in the folder.
-        ValueError: a checkpoint that is damaged or of another run (with the array's name).
+        ValueError: a checkpoint that is damaged, of another seed, or of another run (with the
+            array's name).
     """
     path = Path(checkpoint_folder) / _CHECKPOINT
     theta = options.get("outer_params")
@@ -158,7 +172,7 @@ class _Loop(NamedTuple):
     def start(self, meta_params: Tree, seed: int) -> _State:
         hidden = self.outer.init_hidden(self.outer_params, meta_params, num_steps=self.num_steps)
         state = self.estimator.init(meta_params, seed)
-        return _State(meta_params, hidden, state, meta_params, math.inf, 0, 0)
+        return _State(meta_params, hidden, state, meta_params, math.inf, 0, 0, seed)
 
     def go(self, state: _State) -> Result:
         for name in ("num_steps", "validate_every", "checkpoint_every"):
@@ -170,7 +184,7 @@ class _Loop(NamedTuple):
             _files.writable_folder(self.folder)
         history: list[dict[str, float]] = []
         try:
-            if state.step == 0:
+            if state.step == 0 and math.isinf(state.best_value) and state.misses == 0:
                 state, _ = self.judge(state)
             while state.step < self.num_steps and not self.is_over(state):
                 state, metrics = self.advance(state)
@@ -243,6 +257,10 @@ def _read(path: Path, like: _State) -> _State:
     missing = [n for n in names if n not in numbers and n not in tensors]
     if missing:
         raise ValueError(f"{path} lacks {missing}: it is of another estimator or optimizer")
+    if numbers["seed"] != like.seed:
+        raise ValueError(
+            f"{path} is of a run with seed {numbers['seed']}, not {like.seed}: resume with its seed"
+        )
     return trees.unflatten(
         spec,
         [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fmeta import trees
@@ -64,7 +63,7 @@ def sample_task(
 
 def stack_tasks(tasks: list[Task]) -> Task:
     """Tasks side by side, along a new leading dimension, for `vmap`."""
-    stacked: Task = trees.map(lambda *xs: torch.stack(xs), tasks[0], *tasks[1:])
+    stacked: Task = trees.stack(tasks)
     return stacked
 
 
