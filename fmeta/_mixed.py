@@ -156,7 +156,8 @@ def _jvp_of_gradient(
 
         tangents = tuple(v[i] if i < n else torch.zeros_like(args[i]) for i in moved)
         try:
-            return torch.func.jvp(at, tuple(args[i] for i in moved), tangents)
+            out = torch.func.jvp(at, tuple(args[i] for i in moved), tangents)
+            return out[0], out[1]
         except NotImplementedError as error:
             raise _unsupported(error) from error
         except RuntimeError as error:

@@ -178,7 +178,7 @@ def check_optimizer_type(value: Any, what: str) -> None:
     elif hasattr(value, "param_groups"):
         cure = "objects of torch.optim are no pure functions; use one of fmeta.optimizers"
     else:
-        cure = "build one with fmeta.optimizers, a lift, or fmeta.Optimizer(init, init_hidden, update)"
+        cure = "build one with fmeta.optimizers, or make one with fmeta.optimizer_from_step"
     raise TypeError(f"{what} must be an fmeta.Optimizer, got {type(value).__name__}: {cure}")
 
 
