@@ -139,7 +139,7 @@ def _autograd(loss: Tensor, inputs: list[Tensor], create_graph: bool) -> Sequenc
     )
 
 
-def check_scalar(loss: Any) -> None:
+def check_scalar(loss: Any, name: str = "loss_fn") -> None:
     """Raises a ValueError unless the loss is a scalar tensor of floating dtype."""
     if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
         got = (
@@ -147,4 +147,4 @@ def check_scalar(loss: Any) -> None:
             if isinstance(loss, Tensor)
             else f"a {type(loss).__name__}"
         )
-        raise ValueError(f"loss_fn must return a floating scalar, got {got}: take its mean or sum")
+        raise ValueError(f"{name} must return a floating scalar, got {got}: take its mean or sum")

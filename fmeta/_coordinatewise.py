@@ -143,6 +143,7 @@ def lift_coordinates(
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
         at = Leaves(model_params, grads, hidden)
+        at.check_shapes()
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -159,7 +160,10 @@ def lift_coordinates(
                 for c in zip(*columns, strict=True)
             ]
             theta = trees.cast(opt_params, dtype)
-            change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
+            try:
+                change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
+            except KeyError as error:
+                raise at.missing(error.args[0], opt_params) from error
             shapes = [at.params[i].shape for i in group]
             parts = _apart(change, shapes)
             state_parts = [_apart(x, shapes) for x in new]

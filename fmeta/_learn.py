@@ -93,6 +93,12 @@ def learn(
         )
 
     def natural(opt_params: Tree) -> Optimizer:
+        absent = [k for k in transforms if not isinstance(opt_params, dict) or k not in opt_params]
+        if absent:
+            raise ValueError(
+                f"opt_params of the learned {label} lack {', '.join(absent)}: give the dict that "
+                "init() returns"
+            )
         values = {
             name: trees.map(TRANSFORMS[transform][1], opt_params[name])
             for name, transform in transforms.items()

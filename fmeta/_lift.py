@@ -26,6 +26,9 @@ _MAX_STACKED_NUMEL = 2**13
 _MIN_STACK = 2
 
 
+_RESTART = "take the hidden state from this optimizer's init_hidden(opt_params, model_params)"
+
+
 class Leaves:
     """The leaves of one update: parameters, gradients and states, matched and checked.
 
@@ -40,7 +43,7 @@ class Leaves:
         if not isinstance(hidden, Hidden):
             raise ValueError(
                 f"the hidden state is a {type(hidden).__name__}, not what this optimizer's "
-                "init_hidden returns: start from init_hidden(opt_params, model_params)"
+                f"init_hidden returns: {_RESTART}"
             )
         check_params(model_params)
         self.params, self.spec = trees.flatten(model_params)
@@ -53,13 +56,14 @@ class Leaves:
             for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True))
             if p is not None and g is not None
         ]
+        self.model_params = model_params
         for i in self.active:
-            if self.grads[i].device != self.params[i].device:
-                raise ValueError(
-                    f"at path {trees.paths(model_params)[i]} the parameter is on "
-                    f"{self.params[i].device} and the gradient on {self.grads[i].device}: move "
-                    "them to one device"
-                )
+            device = self.params[i].device
+            if self.grads[i].device != device:
+                raise self._elsewhere(i, "gradient", self.grads[i].device)
+            for k, x in self.states[i].items():
+                if isinstance(x, Tensor) and x.device != device:
+                    raise self._elsewhere(i, f"hidden state's {k!r}", x.device)
 
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Parameter and gradient of leaf i in the compute dtype."""
@@ -68,6 +72,40 @@ class Leaves:
 
     def tree(self, values: Sequence[Any]) -> Tree:
         return trees.unflatten(self.spec, values)
+
+    def check_shapes(self) -> None:
+        """Raises unless every state has the shape of its parameter, up to further axes at the end.
+
+        Scalars (counts) are fine.
+        """
+        for i in self.active:
+            shape = self.params[i].shape
+            for k, x in self.states[i].items():
+                if not isinstance(x, Tensor) or x.shape == shape or not x.ndim:
+                    continue
+                if x.shape[: len(shape)] != shape:
+                    raise ValueError(
+                        f"the hidden state's {k!r} at path {trees.paths(self.model_params)[i]} has "
+                        f"shape {tuple(x.shape)}, but the parameter there has shape "
+                        f"{tuple(shape)}: it is the state of other parameters; {_RESTART}"
+                    )
+
+    def _elsewhere(self, i: int, what: str, device: torch.device) -> ValueError:
+        return ValueError(
+            f"at path {trees.paths(self.model_params)[i]} the parameter is on "
+            f"{self.params[i].device} and the {what} on {device}: move them to one device"
+        )
+
+    def missing(self, key: Any, opt_params: Tree) -> ValueError:
+        """The error for a rule that found no entry ``key`` where it looked for one."""
+        i = self.active[0]
+        held = ", ".join(map(str, self.states[i])) or "nothing"
+        learned = ", ".join(trees.paths(opt_params)) or "nothing"
+        return ValueError(
+            f"this optimizer looked for {key!r} and did not find it: the hidden state at path "
+            f"{trees.paths(self.model_params)[i]} holds {held}, opt_params hold {learned}; are "
+            f"they of another optimizer? {_RESTART} and opt_params from init()"
+        )
 
 
 def start_leaves(
@@ -141,6 +179,8 @@ def lift(
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
         at = Leaves(model_params, grads, hidden)
+        if elementwise:
+            at.check_shapes()
         given = {"loss": loss, "extras": extras}
         extra = {k: given[k] for k in update_keywords}
         named = {
@@ -160,13 +200,16 @@ def lift(
                 (*at.pair(i), at.states[i], {k: _number(v[i], dtype) for k, v in named.items()})
                 for i in group
             ]
-            if len(group) == 1:
-                p, g, s, h = rows[0]
-                results = [update_leaf(theta, p, g, s, **h, **extra)]
-            elif elementwise:
-                results = _broadcast_group(update_leaf, theta, rows, extra)
-            else:
-                results = _vmap_group(update_leaf, theta, rows, extra)
+            try:
+                if len(group) == 1:
+                    p, g, s, h = rows[0]
+                    results = [update_leaf(theta, p, g, s, **h, **extra)]
+                elif elementwise:
+                    results = _broadcast_group(update_leaf, theta, rows, extra)
+                else:
+                    results = _vmap_group(update_leaf, theta, rows, extra)
+            except KeyError as error:
+                raise at.missing(error.args[0], opt_params) from error
             for i, (d, s) in zip(group, results, strict=True):
                 delta[i], states[i] = d, s
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)

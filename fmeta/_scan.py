@@ -77,7 +77,7 @@ def scan(
         sqrt: Chen et al. 1604.06174; binomial: Griewank and Walther, "Revolve" (2000).
     """
     total = loop_length(xs, length)
-    consts = tuple(consts)
+    consts = checked_args(consts, "consts")
     _check_schedule(checkpoint)
     if checkpoint is None:
         return _plain(body, total, carry, xs, consts)
@@ -102,7 +102,13 @@ def _plain(body: Body, total: int, carry: Tree, xs: Tree, consts: tuple[Tree, ..
     columns = [x.unbind(0) if isinstance(x, Tensor) else (x,) * total for x in leaves]
     ys = []
     for t in range(total):
-        carry, y = body(carry, trees.unflatten(spec, [c[t] for c in columns]), *consts)
+        result = body(carry, trees.unflatten(spec, [c[t] for c in columns]), *consts)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                f"the body must return (carry, y), got a {type(result).__name__}: return "
+                "(carry, ()) when there is nothing to stack"
+            )
+        carry, y = result
         ys.append(y)
     return carry, _joined(ys, torch.stack)
 
@@ -171,6 +177,16 @@ def _joined(ys: list[Tree], join: Callable[[list[Tensor]], Tensor]) -> Tree:
         trees.flatten(ys[0])[1],
         [join(list(c)) if isinstance(c[0], Tensor) else c[0] for c in zip(*columns, strict=True)],
     )
+
+
+def checked_args(args: Any, name: str) -> tuple[Tree, ...]:
+    """The further arguments of a body or a loss as a tuple, or a TypeError."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"{name} must be a tuple of arguments, got a {type(args).__name__}: for one argument "
+            f"give {name}=(it,)"
+        )
+    return tuple(args)
 
 
 def _check_schedule(checkpoint: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import _guard, trees
-from fmeta._autodiff import grad_and_value
+from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._mixed import mixed_grad_and_value
-from fmeta._scan import CURE, loop_length, scan
+from fmeta._scan import CURE, checked_args, loop_length, scan
 from fmeta.optimizer import Optimizer, apply_updates, check_needs, check_params
 
 __all__ = ["InnerState", "Run", "inner_step", "unroll"]
@@ -78,7 +78,8 @@ def inner_step(
     """
     order = _order(first_order)
     gradient = mixed_grad_and_value if mixed_mode else grad_and_value
-    default_args = tuple(loss_args)
+    _check_optimizer(optimizer)
+    default_args = checked_args(loss_args, "loss_args")
 
     def step(
         opt_params: Tree,
@@ -89,7 +90,7 @@ def inner_step(
         extras: Mapping[str, Any] | None = None,
     ) -> tuple[InnerState, dict[str, Tensor]]:
         params, hidden, model_state = state
-        args = default_args if loss_args is None else tuple(loss_args)
+        args = default_args if loss_args is None else checked_args(loss_args, "loss_args")
         if _absent(model_state):
             grads, (loss, new_state) = gradient(
                 lambda p, b, a: (loss_fn(p, b, *a), ()), params, batch, args
@@ -166,7 +167,8 @@ def unroll(
         ValueError: T = 0 or leading dimensions that differ, trees that do not match, something
             that the rule needs and did not get, unknown options, closed-over traced tensors under
             ``checkpoint`` or ``mixed_mode``.
-        TypeError: a parameter that is not a floating tensor (with its path).
+        TypeError: a parameter that is not a floating tensor (with its path), a builder in place of
+            an optimizer, ``loss_args`` that are no tuple, ``extras`` that are no dict.
 
     Example:
         >>> import torch, fmeta
@@ -178,7 +180,13 @@ def unroll(
         >>> torch.func.grad(meta_loss)({"lr": torch.tensor(-2.0)})["lr"] < 0
         tensor(True)
     """
+    _check_optimizer(optimizer)
     check_params(model_params, allow_none=False)
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(
+            f"extras must be a dict by the names of what the rule needs, got "
+            f"a {type(extras).__name__}"
+        )
     if mixed_mode and _order(first_order) is not None:
         raise ValueError(
             f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
@@ -198,7 +206,7 @@ def unroll(
     start = InnerState(model_params, hidden, () if model_state is None else model_state)
     step = inner_step(optimizer, loss_fn, first_order=first_order, mixed_mode=mixed_mode)
     evaluate = loss_fn if eval_loss_fn is None else eval_loss_fn
-    args = tuple(loss_args)
+    args = checked_args(loss_args, "loss_args")
 
     def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
         state, metrics = step(opt_params, state, x["batches"], loss_args=args, extras=x["extras"])
@@ -206,8 +214,10 @@ def unroll(
             return state, (metrics["loss"],)
         shown = optimizer.eval_params(opt_params, state.params, state.hidden)
         if _absent(state.model_state):
-            return state, (metrics["loss"], evaluate(shown, x["eval_batches"], *args))
-        value = _pair(evaluate(shown, x["eval_batches"], state.model_state, *args))[0]
+            value = evaluate(shown, x["eval_batches"], *args)
+        else:
+            value = _pair(evaluate(shown, x["eval_batches"], state.model_state, *args))[0]
+        check_scalar(value, "eval_loss_fn")
         return state, (metrics["loss"], value)
 
     if mixed_mode:
@@ -219,6 +229,15 @@ def unroll(
     state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
     evals = ys[1] if len(ys) > 1 else ()
     return Run(ys[0], state.params, state.hidden, state.model_state, evals)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not hasattr(optimizer, "init_hidden") or not hasattr(optimizer, "update"):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise TypeError(
+            f"the optimizer must be an fmeta Optimizer, got {name}: build it first "
+            "(fmeta.optimizers.adam(lr=1e-3)), or make one with fmeta.optimizer_from_step"
+        )
 
 
 def _absent(model_state: Any) -> bool:

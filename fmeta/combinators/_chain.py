@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fmeta.combinators._parts import merged, part, start
-from fmeta.optimizer import Hidden, Optimizer
+from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
 
 __all__ = ["chain"]
 
@@ -25,13 +25,25 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     """
     if not optimizers:
         raise ValueError("chain needs at least one optimizer")
+    for i, o in enumerate(optimizers):
+        check_optimizer_type(o, f"argument {i} of chain")
     keys = [str(i) for i in range(len(optimizers))]
     needs = frozenset().union(*(o.needs for o in optimizers))
+
+    def check(opt_params: Tree) -> None:
+        sequence = isinstance(opt_params, (tuple, list))
+        if not sequence or len(opt_params) != len(keys):
+            got = f"{len(opt_params)} of them" if sequence else f"a {type(opt_params).__name__}"
+            raise ValueError(
+                f"opt_params of a chain of {len(keys)} are a tuple of {len(keys)} in order, got "
+                f"{got}: give what init() returns"
+            )
 
     def init(generator: torch.Generator | None = None) -> Tree:
         return tuple(o.init(generator) for o in optimizers)
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check(opt_params)
         parts = {
             k: start(o, th, model_params, num_steps)
             for k, o, th in zip(keys, optimizers, opt_params, strict=True)
@@ -41,6 +53,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     def update(
         opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
     ) -> tuple[Tree, Hidden]:
+        check(opt_params)
         delta, parts = grads, {}
         for k, o, th in zip(keys, optimizers, opt_params, strict=True):
             own = part(model_params, hidden, k)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.combinators._parts import only, start, states_of
-from fmeta.optimizer import Hidden, Optimizer, check_params
+from fmeta.combinators._parts import check_entries, only, start, states_of
+from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type, check_params
 
 __all__ = ["masked", "partition"]
 
@@ -38,6 +38,8 @@ def partition(
     """
     if not optimizers:
         raise ValueError("partition needs at least one optimizer")
+    for label, o in optimizers.items():
+        check_optimizer_type(o, f"the optimizer of label {label!r}")
     needs = frozenset().union(*(o.needs for o in optimizers.values()))
 
     def labels(model_params: Tree) -> list[str | None]:
@@ -58,6 +60,7 @@ def partition(
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_params(model_params)
+        check_entries(opt_params, optimizers, "opt_params of a partition")
         where = labels(model_params)
         spec = trees.flatten(model_params)[1]
         leaves: list[Any] = [{}] * len(where)
@@ -73,6 +76,8 @@ def partition(
         opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
     ) -> tuple[Tree, Hidden]:
         where = labels(model_params)
+        check_entries(opt_params, optimizers, "opt_params of a partition")
+        check_entries(hidden.shared, optimizers, "the shared hidden state of a partition")
         trees.match(model_params, grads, "the gradient")
         spec = trees.flatten(model_params)[1]
         states = states_of(model_params, hidden)
@@ -124,6 +129,8 @@ def masked(optimizer: Optimizer, mask: Tree | Callable[[str, Tensor], bool]) -> 
     Returns:
         An `Optimizer` with the same ``opt_params``; its delta is ``None`` at the other leaves.
     """
+
+    check_optimizer_type(optimizer, "optimizer")
 
     def chosen(model_params: Tree) -> list[Any]:
         flat, spec = trees.flatten(model_params)

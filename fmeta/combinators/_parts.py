@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from fmeta import trees
 from fmeta.optimizer import Hidden, Optimizer, check_num_steps
 
-__all__ = ["delta_dtype", "merged", "only", "part", "start", "states_of"]
+__all__ = ["check_entries", "delta_dtype", "merged", "only", "part", "start", "states_of"]
 
 Tree = Any
 
@@ -52,7 +53,20 @@ def part(model_params: Tree, hidden: Hidden, key: str) -> Hidden:
     """The state of the part of that key out of a merged one (an empty leaf is not ours)."""
     spec = trees.flatten(model_params)[1]
     leaves = states_of(model_params, hidden)
+    for x in (hidden.shared, *leaves):
+        if x or x is hidden.shared:
+            check_entries(x, (key,), "the hidden state of a chain")
     return Hidden(trees.unflatten(spec, [x[key] if x else x for x in leaves]), hidden.shared[key])
+
+
+def check_entries(tree: Any, keys: Collection[str], what: str) -> None:
+    """Raises a ValueError unless the tree is a dict that has these keys."""
+    absent = [k for k in keys if not isinstance(tree, dict) or k not in tree]
+    if absent:
+        raise ValueError(
+            f"{what} has no entry {', '.join(map(repr, absent))}: is it of another optimizer? Give "
+            "what the init() and init_hidden(...) of this one return"
+        )
 
 
 def delta_dtype(delta: Tree) -> torch.dtype:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._lift import lift
-from fmeta.optimizer import Optimizer
+from fmeta._lift import lift, per_leaf
+from fmeta.optimizer import Optimizer, check_params
 from fmeta.optimizers._common import check_numbers, nothing_to_learn
 
 __all__ = ["per_parameter_sgd", "sgd"]
@@ -94,10 +94,9 @@ def per_parameter_sgd(like: Tree, lr: Any = 0.01) -> Optimizer:
         Li et al., "Meta-SGD", 1707.09835, equation 2.
     """
     check_numbers("lr", lr)
+    check_params(like, allow_none=False)
     flat, spec = trees.flatten(like)
-    starts = [lr] * len(flat)
-    if not isinstance(lr, (int, float)) and not (isinstance(lr, Tensor) and lr.ndim == 0):
-        starts = trees.flatten_up_to(spec, lr, like, "lr (a tree)")
+    starts = per_leaf(lr, like, spec, "lr")
     rates = trees.unflatten(spec, [_filled_like(p, x) for p, x in zip(flat, starts, strict=True)])
 
     def update(
