@@ -126,6 +126,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file atomically, through a temporary one beside it."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; make it")
     # Not mkstemp: its files are readable by their owner only, and the name would keep that.
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
