@@ -29,7 +29,7 @@ def test_none_is_a_leaf():
 
 
 def test_paths_are_written_with_slashes_in_sorted_key_order():
-    assert trees.paths(TREE) == ["a/0", "a/1/0", "z/0", "z/1"]
+    assert trees.paths(TREE) == ["a/first", "a/second/0", "z/0", "z/1"]
     assert trees.paths(torch.ones(1)) == ["<root>"]
 
 
