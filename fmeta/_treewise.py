@@ -127,7 +127,10 @@ def treewise(rule: Any) -> Optimizer:
         new_spec = trees.flatten(tensors)[1]
         for j, i in enumerate(at.active):
             control[i] = controls[j]
-            own = trees.unflatten(new_spec, [x[j] for x in parts])
+            # Tensors of several dtypes were promoted to be stacked: each state keeps its own.
+            own = trees.unflatten(
+                new_spec, [x[j].to(c.dtype) for x, c in zip(parts, columns[j], strict=True)]
+            )
             states[i] = {**states[i], "tensor": own}
         second = lift(init, init_leaf, update_leaf, hypers=lambda th: {"control": at.tree(control)})
         return second.update(opt_params, model_params, grads, Hidden(at.tree(states), shared))
