@@ -533,6 +533,15 @@ def test_treewise_without_any_gradient_does_nothing():
     assert after is hidden
 
 
+def test_treewise_keeps_the_dtypes_of_all_states():
+    rule = fmeta.treewise(Hierarchy())
+    p = {"a": torch.ones(2), "b": torch.ones(3, **DOUBLE), "c": torch.ones(2, dtype=torch.bfloat16)}
+    before = rule.init_hidden(rule.init(), p)
+    new, after = rule.step(rule.init(), p, p, before)
+    assert [x.dtype for x in new.values()] == [x.dtype for x in p.values()]
+    assert [x.dtype for x in trees.leaves(after)] == [x.dtype for x in trees.leaves(before)]
+
+
 def test_treewise_mix_gets_the_loss():
     class Needy(Hierarchy):
         needs = frozenset({"loss"})
