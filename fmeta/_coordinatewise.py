@@ -159,7 +159,7 @@ def lift_coordinates(
                 _side_by_side(list(c), c[0].ndim - pairs[0][0].ndim)
                 for c in zip(*columns, strict=True)
             ]
-            theta = trees.cast(opt_params, dtype)
+            theta = at.weights(opt_params, dtype)
             try:
                 change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
             except KeyError as error:

@@ -73,6 +73,22 @@ class Leaves:
     def tree(self, values: Sequence[Any]) -> Tree:
         return trees.unflatten(self.spec, values)
 
+    def weights(self, opt_params: Tree, dtype: torch.dtype) -> Tree:
+        """``opt_params`` in the compute dtype; numbers may be anywhere, arrays not."""
+        flat, spec = trees.flatten(opt_params)
+        device = self.params[self.active[0]].device
+        for j, x in enumerate(flat):
+            if isinstance(x, Tensor) and x.ndim and x.device != device:
+                raise ValueError(
+                    f"opt_params at path {trees.paths(opt_params)[j]} are on {x.device}, but the "
+                    f"parameters are on {device}: move them there, for example by "
+                    "fmeta.trees.map(lambda x: x.to(device), opt_params)"
+                )
+        return trees.unflatten(
+            spec,
+            [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in flat],
+        )
+
     def check_shapes(self) -> None:
         """Raises unless every state has the shape of its parameter, up to further axes at the end.
 
@@ -195,7 +211,7 @@ def lift(
             candidates, max_numel=_MAX_STACKED_NUMEL, min_size=_MIN_STACK
         ):
             dtype = trees.compute_dtype(at.params[group[0]])
-            theta = trees.cast(opt_params, dtype)
+            theta = at.weights(opt_params, dtype)
             rows = [
                 (*at.pair(i), at.states[i], {k: _number(v[i], dtype) for k, v in named.items()})
                 for i in group
