@@ -171,6 +171,22 @@ DEVICES = {
         "at path b the parameter is on cpu and the hidden state's 'h' on meta",
     ),
 }
+DEVICES |= {
+    f"opt_params of {name}": (
+        lambda name=name: step(
+            optimizers.BUILDERS[name](),
+            fmeta.trees.map(lambda x: x.to("meta"), optimizers.BUILDERS[name]().init()),
+        ),
+        ValueError,
+        "opt_params at path .* are on meta, but the parameters are on cpu: move them there",
+    )
+    for name in ("linear", "lstm", "normalized_mlp")
+}
+DEVICES["opt_params of a module"] = (
+    lambda: step(fmeta.coordinatewise(module()), {k: p.to("meta") for k, p in WEIGHTS.items()}),
+    ValueError,
+    "opt_params at path bias are on meta, but the parameters are on cpu",
+)
 CHAIN = fmeta.chain(fmeta.clip_by_global_norm(1.0), ADAM)
 SCHEDULED = fmeta.scheduled(ADAM, lambda t, n: 1.0)
 PARTITION = fmeta.partition({"all": ADAM}, lambda path, p: "all")
@@ -287,6 +303,9 @@ FOREIGN = {
         "'bias' .* missing",
     ),
 }
+
+
+WEIGHTS = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
 
 
 def module():
