@@ -1,7 +1,8 @@
 """Gradients that are the same function inside and outside of torch.func transforms.
 
 Below all transforms (nothing wraps the tensors) plain autograd does the same as `torch.func` with
-less overhead and less memory (pytorch issue 134612), so it is used there.
+less overhead and less memory (pytorch issue 134612), so it is used there. Directly under one `vmap`
+the gradients of all members of the batch are those of the sum of their losses, again below it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fmeta import trees
 __all__ = ["grad_and_value", "inside_transform", "is_differentiable", "vjp"]
 
 
+_functorch = torch._C._functorch
 _nested: ContextVar[bool] = ContextVar("_nested", default=False)
 
 
@@ -36,7 +38,7 @@ def inside_transform() -> bool:
     """Whether a torch.func transform (or torch.compile's tracer) is active."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
         or _nested.get()
     )
 
@@ -62,6 +64,8 @@ def grad_and_value(
     Returns:
         ``(grads, (loss, aux))``.
     """
+    if _directly_under_vmap(params, args):
+        return _per_member(fn, params, args)
     flat, spec = trees.flatten(params)
     recording = torch.is_grad_enabled()
     visible = recording and any(
@@ -94,6 +98,74 @@ def grad_and_value(
         loss = loss.detach()
         aux = trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
     return trees.unflatten(spec, grads), (loss, aux)
+
+
+def _directly_under_vmap(params: Any, args: Any) -> bool:
+    """Whether `vmap` is the only transform, and what is below it is plain autograd's business."""
+    if torch.compiler.is_compiling() or _nested.get():
+        return False
+    innermost = _functorch.peek_interpreter_stack()
+    if innermost is None or _functorch.get_dynamic_layer_stack_depth() != 1:
+        return False
+    if innermost.key() != _functorch.TransformType.Vmap:
+        return False
+    tensors = [x for x in trees.leaves((params, args)) if isinstance(x, Tensor)]
+    below = [_functorch.get_unwrapped(x) for x in tensors if _functorch.is_batchedtensor(x)]
+    if not below:  # what is batched came by closure, and only `fn` knows it
+        return False
+    return not torch.is_grad_enabled() or any(x.requires_grad for x in (*tensors, *below))
+
+
+def _per_member(
+    fn: Callable[..., tuple[Tensor, Any]], params: Any, args: Any
+) -> tuple[Any, tuple[Tensor, Any]]:
+    inputs, rebuild = trees.tensors((params, args))
+    spec = trees.flatten(params)[1]
+    rebuild_aux: list[Any] = []
+
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        own, others = rebuild(values)
+        loss, aux = fn(own, *others)
+        check_scalar(loss)
+        found, rebuilder = trees.tensors(aux)
+        rebuild_aux[:] = [rebuilder]
+        return (loss, *found)
+
+    n = spec.num_leaves
+    out = _SumOverBatch.apply(flat, n, *inputs)
+    return trees.unflatten(spec, out[:n]), (out[n], rebuild_aux[0](out[n + 1 :]))
+
+
+class _SumOverBatch(torch.autograd.Function):
+    """``apply(fn, n, *tensors) -> (*grads of the first n, loss, *aux)`` under one vmap.
+
+    Only its vmap rule is ever called: it runs below the vmap, on tensors with a batch dimension.
+    """
+
+    @staticmethod
+    def forward(fn: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("reached without a batch")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fn: Any, n: int, *tensors: Tensor) -> Any:
+        batched, dims = [], []
+        for i, (x, dim) in enumerate(zip(tensors, in_dims[2:], strict=True)):
+            if dim is not None:
+                batched.append(x.movedim(dim, 0))
+            else:  # each member has a gradient of its own with respect to a shared parameter
+                batched.append(x.expand(info.batch_size, *x.shape) if i < n else x)
+            dims.append(0 if dim is not None or i < n else None)
+        members = torch.vmap(fn, in_dims=tuple(dims), randomness=info.randomness)
+
+        def total(params: tuple[Tensor, ...], *rest: Tensor) -> tuple[Tensor, Any]:
+            losses, *aux = members(*params, *rest)
+            return losses.sum(), (losses, *aux)
+
+        grads, (_, seen) = grad_and_value(total, tuple(batched[:n]), *batched[n:])
+        return (*grads, *seen), (0,) * (n + len(seen))
 
 
 def vjp(

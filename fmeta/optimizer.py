@@ -233,6 +233,8 @@ def _add(param: Tensor | None, change: Tensor | None) -> Tensor | None:
     if param is None or change is None:
         return param
     dtype = trees.compute_dtype(param)
+    if param.dtype is dtype and change.dtype is dtype:
+        return param + change  # a `.to` costs as much as a small addition
     return (param.to(dtype) + change.to(dtype)).to(param.dtype)
 
 

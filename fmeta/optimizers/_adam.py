@@ -10,9 +10,10 @@ from torch import Tensor
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import (
-    bias_correction,
+    bias_corrections,
     check_numbers,
     count,
+    ema,
     nothing_to_learn,
     safe_sqrt,
 )
@@ -103,11 +104,10 @@ def _adam(lr: Any, betas: Any, eps: Any, eps_root: Any, weight_decay: Any) -> Op
         weight_decay: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps = h["count"] + 1
-        m = b1 * h["m"] + (1 - b1) * g
-        v = b2 * h["v"] + (1 - b2) * g * g
-        c1, c2 = bias_correction(b1, steps, p.dtype), bias_correction(b2, steps, p.dtype)
-        second = v / c2 + eps_root if rooted else v / c2
-        delta = (-lr / c1) * m / (safe_sqrt(second) + eps)
+        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
+        root = safe_sqrt(v / c2 + eps_root if rooted else v / c2)
+        delta = (-lr / c1) * m / (root + eps)
         if decays:
             delta = delta - lr * weight_decay * p
         return delta, {"m": m, "v": v, "count": steps}

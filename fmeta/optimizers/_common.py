@@ -10,10 +10,11 @@ from torch import Tensor
 from fmeta._numbers import check_number, check_numbers, nothing_to_learn
 
 __all__ = [
-    "bias_correction",
+    "bias_corrections",
     "check_number",
     "check_numbers",
     "count",
+    "ema",
     "nothing_to_learn",
     "safe_sqrt",
 ]
@@ -30,6 +31,12 @@ def count(param: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=param.device)
 
 
-def bias_correction(beta: Any, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - beta ** steps`` in the compute dtype."""
-    return 1 - torch.pow(beta, steps.to(dtype))
+def ema(average: Tensor, value: Tensor, beta: Any, out: Tensor | None = None) -> Tensor:
+    """``beta * average + (1 - beta) * value``, in one operation."""
+    return torch.lerp(average, value, 1 - beta, out=out)
+
+
+def bias_corrections(betas: tuple[Any, Any], steps: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    """``1 - beta ** steps`` of two betas, in the compute dtype."""
+    t = steps.to(dtype)
+    return 1 - torch.pow(betas[0], t), 1 - torch.pow(betas[1], t)

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fmeta._autodiff import inside_transform
-from fmeta.optimizers._common import safe_sqrt
+from fmeta.optimizers._common import ema, safe_sqrt
 
 __all__ = [
     "Tile",
     "clamped_rsqrt",
-    "ema",
     "factored_axes",
     "factors",
     "is_unobserved",
@@ -33,11 +32,6 @@ __all__ = [
     "sum_of_squares",
     "tiled_means",
 ]
-
-
-def ema(old: Tensor, x: Tensor, decay: float, out: Tensor | None = None) -> Tensor:
-    """``decay * old + (1 - decay) * x``."""
-    return torch.lerp(old, x, 1 - decay, out=out)
 
 
 def stacked_ema(old: Tensor, x: Tensor, decays: Sequence[float]) -> Tensor:

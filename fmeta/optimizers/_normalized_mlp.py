@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._common import bias_correction, check_numbers, count, safe_sqrt
+from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
 from fmeta.optimizers._features import (
-    ema,
     is_unobserved,
     start_factored,
 )
@@ -218,6 +217,6 @@ def _adamw(
     b1, b2, eps = _ADAM["b1"], _ADAM["b2"], _ADAM["eps"]
     steps = h["count"] + 1
     m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
-    c1, c2 = bias_correction(b1, steps, p.dtype), bias_correction(b2, steps, p.dtype)
+    c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
     delta = -lr * ((m / c1) / (safe_sqrt(v / c2) + eps) + weight_decay * p)
     return delta, {"m": m, "v": v, "count": steps}

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fmeta.optimizers._common import ema
 from fmeta.optimizers._features import (
     Tile,
     clamped_rsqrt,
-    ema,
     factored_axes,
     factors,
     normalize,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._common import check_numbers, nothing_to_learn, safe_sqrt
+from fmeta.optimizers._common import check_numbers, ema, nothing_to_learn, safe_sqrt
 
 __all__ = ["rmsprop"]
 
@@ -63,10 +63,10 @@ def rmsprop(
         eps: Any,
         momentum: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        new = {"v": alpha * h["v"] + (1 - alpha) * g * g}
+        new = {"v": ema(h["v"], g * g, alpha)}
         second = new["v"]
         if centered:
-            new["a"] = alpha * h["a"] + (1 - alpha) * g
+            new["a"] = ema(h["a"], g, alpha)
             second = second - new["a"] * new["a"]
         u = g / (safe_sqrt(second) + eps)
         if not plain:
