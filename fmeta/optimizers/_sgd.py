@@ -67,6 +67,7 @@ def sgd(lr: Any = 1e-3, momentum: Any = 0.0, nesterov: bool = False) -> Optimize
             update_plain,
             hypers=lambda th: {"lr": lr},
             elementwise=True,
+            stacked=False,
         )
     return lift(
         nothing_to_learn,
@@ -110,6 +111,7 @@ def per_parameter_sgd(like: Tree, lr: Any = 0.01) -> Optimizer:
         update,
         hypers=lambda th: {"lr": th["lr"]},
         elementwise=True,
+        stacked=False,
     )
 
 
