@@ -327,6 +327,31 @@ def test_binomial_keeps_the_graph_of_one_step_only(snapshots, outer):
     assert peak_of(snapshots, 100, OUTER[outer]) <= 2
 
 
+def peak_carries(schedule, steps):
+    alive, peak = weakref.WeakSet(), [0]
+
+    def step(c, x, w):
+        c = torch.tanh(w * c + x)
+        alive.add(c)
+        peak[0] = max(peak[0], len(alive))
+        return c, ()
+
+    w = torch.tensor(1.1, requires_grad=True)
+    fmeta.scan(step, w, torch.zeros(steps), consts=(w,), checkpoint=schedule)[0].backward()
+    return peak[0]
+
+
+@pytest.mark.parametrize("snapshots", [2, 3, 5, 10, 20])
+def test_binomial_keeps_as_many_carries_as_it_is_told(snapshots):
+    # beside them the last carry of each of the r levels of recomputation, and two at work
+    assert peak_carries(snapshots, 100) <= snapshots + least_depth(100, snapshots) + 2
+
+
+def test_sqrt_keeps_about_two_roots_of_carries():
+    assert peak_carries("sqrt", 100) <= 2.5 * math.sqrt(100)
+    assert peak_carries(None, 100) == 100
+
+
 @pytest.mark.parametrize("schedule", [None, "sqrt", 3], ids=str)
 def test_an_inner_gradient_in_the_body(schedule):
     inner = lambda p, x: (p - x).square().square().sum()
