@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fmeta import trees
 
@@ -186,14 +187,18 @@ def vjp(
             x.view_as(x) if recording and x.requires_grad else x.detach().requires_grad_()
             for x in inputs
         ]
-        outputs = fn(*aliases)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        if not pairs:
+        # Only the edges of the graph: the outputs themselves need not live while it is walked.
+        edges = [
+            (get_gradient_edge(o), c)
+            for o, c in zip(fn(*aliases), cotangents, strict=True)
+            if o.requires_grad
+        ]
+        if not edges:
             return tuple(torch.zeros_like(x) for x in inputs)
         return torch.autograd.grad(
-            [o for o, _ in pairs],
+            [edge for edge, _ in edges],
             aliases,
-            [c for _, c in pairs],
+            [c for _, c in edges],
             create_graph=recording,
             allow_unused=True,
             materialize_grads=True,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
-from fmeta._lift import Leaves, check_state
+from fmeta._lift import RULE_ERRORS, Leaves, check_state
 from fmeta._tensorwise import check_delta, delta_of, required
 from fmeta.functional import functionalize
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_params
+from fmeta.random import own
 
 __all__ = ["coordinatewise", "lift_coordinates"]
 
@@ -90,7 +91,7 @@ def coordinatewise(
         return torch.vmap(one)(p, g, h)
 
     return lift_coordinates(
-        lambda generator=None: init(generator),
+        lambda generator=None: init(own(generator)),
         start_coordinates,
         update_coordinates,
         chunk_size=chunk_size,
@@ -162,8 +163,8 @@ def lift_coordinates(
             theta = at.weights(opt_params, dtype)
             try:
                 change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
-            except KeyError as error:
-                raise at.missing(error.args[0], opt_params) from error
+            except RULE_ERRORS as error:
+                raise at.explained(error, init, opt_params) from error
             shapes = [at.params[i].shape for i in group]
             parts = _apart(change, shapes)
             state_parts = [_apart(x, shapes) for x in new]

@@ -93,6 +93,12 @@ def learn(
         )
 
     def natural(opt_params: Tree) -> Optimizer:
+        extra = set(opt_params) - set(transforms) if isinstance(opt_params, dict) else set()
+        if extra:
+            raise ValueError(
+                f"opt_params of the learned {label} hold {', '.join(map(str, extra))}, which "
+                "is not learned: give the dict that init() returns"
+            )
         absent = [k for k in transforms if not isinstance(opt_params, dict) or k not in opt_params]
         if absent:
             raise ValueError(

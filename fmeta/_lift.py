@@ -26,6 +26,8 @@ _MAX_STACKED_NUMEL = 2**13
 _MIN_STACK = 4
 
 
+# What a rule dies of when its weights or its state are not its own.
+RULE_ERRORS = (KeyError, IndexError, TypeError, AttributeError, RuntimeError)
 _RESTART = "take the hidden state from this optimizer's init_hidden(opt_params, model_params)"
 
 
@@ -112,16 +114,40 @@ class Leaves:
             f"{self.params[i].device} and the {what} on {device}: move them to one device"
         )
 
-    def missing(self, key: Any, opt_params: Tree) -> ValueError:
+    def explained(self, error: Exception, init: Callable[..., Tree], opt_params: Tree) -> Exception:
+        """What to raise for an error inside a rule: weights or a state of another, or itself."""
+        try:
+            own = init(None)
+        except Exception:  # under a transform that forbids drawing, say
+            own = opt_params
+        want, got = _shapes(own), _shapes(opt_params)
+        if want != got:
+            return ValueError(
+                f"opt_params do not fit this optimizer: it learns {_listed(want)}, got "
+                f"{_listed(got)}: give what its init() returns"
+            )
+        return self.missing(error.args[0]) if isinstance(error, KeyError) else error
+
+    def missing(self, key: Any) -> ValueError:
         """The error for a rule that found no entry ``key`` where it looked for one."""
         i = self.active[0]
         held = ", ".join(map(str, self.states[i])) or "nothing"
-        learned = ", ".join(trees.paths(opt_params)) or "nothing"
         return ValueError(
             f"this optimizer looked for {key!r} and did not find it: the hidden state at path "
-            f"{trees.paths(self.model_params)[i]} holds {held}, opt_params hold {learned}; are "
-            f"they of another optimizer? {_RESTART} and opt_params from init()"
+            f"{trees.paths(self.model_params)[i]} holds {held}, as if of another optimizer: "
+            f"{_RESTART}"
         )
+
+
+def _shapes(tree: Tree) -> dict[str, Any]:
+    return {
+        path: tuple(x.shape) if isinstance(x, Tensor) else x
+        for path, x in zip(trees.paths(tree), trees.leaves(tree), strict=True)
+    }
+
+
+def _listed(shapes: dict[str, Any]) -> str:
+    return ", ".join(f"{path} {shape}" for path, shape in shapes.items()) or "nothing"
 
 
 def start_leaves(
@@ -207,13 +233,16 @@ def lift(
         }
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
+        weights: dict[torch.dtype, Tree] = {}
         members = set(at.active)
         candidates = [p if i in members else None for i, p in enumerate(at.params)]
         for group in trees.shape_classes(
             candidates, max_numel=_MAX_STACKED_NUMEL if stacked else -1, min_size=_MIN_STACK
         ):
             dtype = trees.compute_dtype(at.params[group[0]])
-            theta = at.weights(opt_params, dtype)
+            if dtype not in weights:
+                weights[dtype] = at.weights(opt_params, dtype)
+            theta = weights[dtype]
             rows = [
                 (*at.pair(i), at.states[i], {k: _number(v[i], dtype) for k, v in named.items()})
                 for i in group
@@ -226,8 +255,8 @@ def lift(
                     results = _broadcast_group(update_leaf, theta, rows, extra)
                 else:
                     results = _vmap_group(update_leaf, theta, rows, extra)
-            except KeyError as error:
-                raise at.missing(error.args[0], opt_params) from error
+            except RULE_ERRORS as error:
+                raise at.explained(error, init, opt_params) from error
             for i, (d, s) in zip(group, results, strict=True):
                 delta[i], states[i] = d, s
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)

@@ -108,7 +108,13 @@ def _plain(body: Body, total: int, carry: Tree, xs: Tree, consts: tuple[Tree, ..
                 f"the body must return (carry, y), got a {type(result).__name__}: return "
                 "(carry, ()) when there is nothing to stack"
             )
-        carry, y = result
+        new, y = result
+        if t == 0 and trees.flatten(new)[1] != trees.flatten(carry)[1]:
+            raise TypeError(
+                f"the body changed the structure of the carry, from the paths {trees.paths(carry)} "
+                f"to {trees.paths(new)}: it must return what it got, with new values"
+            )
+        carry = new
         ys.append(y)
     return carry, _joined(ys, torch.stack)
 

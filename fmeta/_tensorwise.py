@@ -11,6 +11,7 @@ from fmeta import trees
 from fmeta._lift import check_state, lift
 from fmeta.functional import functionalize
 from fmeta.optimizer import Optimizer
+from fmeta.random import own
 
 __all__ = ["tensorwise"]
 
@@ -80,7 +81,7 @@ def tensorwise(
 
     keywords = () if not needs else ("loss", "extras")
     return lift(
-        lambda generator=None: init(generator),
+        lambda generator=None: init(own(generator)),
         init_hidden,
         update_leaf,
         needs=needs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
         Exit status: 0 done, 1 an error (its message is on standard error), 2 arguments that make
         no sense, 130 interrupted.
     """
-    import tyro
 
     def train(config: TrainConfig) -> int:
         return _train(config)
@@ -40,7 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         "weights.safetensors, config.json, metrics.jsonl and checkpoint/."
     )
     commands: dict[str, Callable[..., Any]] = {"train": train, "optimizers": optimizers}
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: the last complete state is saved
+    with _terminates_like_interrupt():
+        return _run(commands, arguments)
+
+
+def _run(commands: dict[str, Callable[..., Any]], arguments: list[str] | None) -> int:
+    import tyro
+
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -57,8 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _terminates_like_interrupt() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: the last complete state is saved."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(text: str) -> None:

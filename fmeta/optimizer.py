@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.random import own
 
 __all__ = ["Hidden", "Optimizer", "apply_updates", "optimizer_from_step"]
 
@@ -166,7 +167,7 @@ def optimizer_from_step(
         delta = [_subtract(a, b) for a, b in zip(after, flat, strict=True)]
         return trees.unflatten(spec, delta), hidden
 
-    return Optimizer(lambda generator=None: init(generator), start, update, frozenset(needs))
+    return Optimizer(lambda generator=None: init(own(generator)), start, update, frozenset(needs))
 
 
 def check_optimizer_type(value: Any, what: str) -> None:

@@ -79,8 +79,7 @@ def full(
         bound = bind(meta_params, config)
         if not isinstance(bound, tuple) or len(bound) != 2:
             raise ValueError(
-                "bind must return (opt_params, model_params or None), got a "
-                f"{type(bound).__name__}"
+                f"bind must return (opt_params, model_params or None), got a {type(bound).__name__}"
             )
         opt_params, start = bound
         run = unroll(
