@@ -46,8 +46,9 @@ def scan(
     - ``None``: the graph of every step;
     - ``"sqrt"``: about 2 sqrt(T) carries and the graph of sqrt(T) / 2 steps, for one more forward
       pass. The default worth having for long loops;
-    - an ``int`` s: s carries at a time (binomial checkpointing) and the graph of one step, for
-      up to r + 1 more forward passes, where r is the least number with C(s + r, s) >= T.
+    - an ``int`` s: s carries at a time (binomial checkpointing) and the graph of b = max(1, s // 8)
+      steps, for up to r + 1 more forward passes, where r is the least number with
+      C(s + r, s) >= T / b.
 
     Under ``checkpoint`` everything that is being differentiated or batched must be an argument
     (``carry``, ``xs``, ``consts``), and the body must not draw random numbers: both are checked by
@@ -88,7 +89,8 @@ def scan(
         size = max(1, round(math.sqrt(total) / 2))
         return _segments(body, size, total, carry, xs, consts)
     snapshots = int(checkpoint)
-    stride = 1
+    # The graph of a step holds about four carries, so these are half of what the snapshots hold.
+    stride = max(1, snapshots // 8)
     while _depth(-(-total // stride), snapshots) > _MAX_DEPTH:
         stride += 1
     return _treeverse(
