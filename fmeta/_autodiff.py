@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd.graph import get_gradient_edge
 
 from fmeta import trees
@@ -120,6 +121,7 @@ def _directly_under_vmap(params: Any, args: Any) -> bool:
 def _per_member(
     fn: Callable[..., tuple[Tensor, Any]], params: Any, args: Any
 ) -> tuple[Any, tuple[Tensor, Any]]:
+    """The gradients of all members of a batch: those of the sum of their losses, below the vmap."""
     inputs, rebuild = trees.tensors((params, args))
     spec = trees.flatten(params)[1]
     rebuild_aux: list[Any] = []
@@ -133,40 +135,27 @@ def _per_member(
         return (loss, *found)
 
     n = spec.num_leaves
-    out = _SumOverBatch.apply(flat, n, *inputs)
-    return trees.unflatten(spec, out[:n]), (out[n], rebuild_aux[0](out[n + 1 :]))
-
-
-class _SumOverBatch(torch.autograd.Function):
-    """``apply(fn, n, *tensors) -> (*grads of the first n, loss, *aux)`` under one vmap.
-
-    Only its vmap rule is ever called: it runs below the vmap, on tensors with a batch dimension.
-    """
-
-    @staticmethod
-    def forward(fn: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("reached without a batch")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], fn: Any, n: int, *tensors: Tensor) -> Any:
+    vmap: Any = retrieve_current_functorch_interpreter()
+    with vmap.lower():
         batched, dims = [], []
-        for i, (x, dim) in enumerate(zip(tensors, in_dims[2:], strict=True)):
-            if dim is not None:
-                batched.append(x.movedim(dim, 0))
-            else:  # each member has a gradient of its own with respect to a shared parameter
-                batched.append(x.expand(info.batch_size, *x.shape) if i < n else x)
-            dims.append(0 if dim is not None or i < n else None)
-        members = torch.vmap(fn, in_dims=tuple(dims), randomness=info.randomness)
+        for i, x in enumerate(inputs):
+            if _functorch.is_batchedtensor(x):
+                below = _functorch.get_unwrapped(x).movedim(_functorch.maybe_get_bdim(x), 0)
+            elif i < n:  # each member has a gradient of its own with respect to a shared parameter
+                below = x.expand(vmap.batch_size(), *x.shape)
+            else:
+                below = x
+            batched.append(below)
+            dims.append(None if below is x else 0)
+        members = torch.vmap(flat, in_dims=tuple(dims), randomness=vmap.randomness())
 
         def total(params: tuple[Tensor, ...], *rest: Tensor) -> tuple[Tensor, Any]:
             losses, *aux = members(*params, *rest)
             return losses.sum(), (losses, *aux)
 
         grads, (_, seen) = grad_and_value(total, tuple(batched[:n]), *batched[n:])
-        return (*grads, *seen), (0,) * (n + len(seen))
+    out = [_functorch._add_batch_dim(x, 0, vmap.level()) for x in (*grads, *seen)]
+    return trees.unflatten(spec, out[:n]), (out[n], rebuild_aux[0](out[n + 1 :]))
 
 
 def vjp(
