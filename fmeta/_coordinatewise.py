@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
-from fmeta._lift import RULE_ERRORS, Leaves, check_state
+from fmeta._lift import RULE_ERRORS, Leaves, check_state, settled
 from fmeta._tensorwise import check_delta, delta_of, required
 from fmeta.functional import functionalize
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_params
@@ -128,6 +128,7 @@ def lift_coordinates(
                 continue
             dtype = trees.compute_dtype(p)
             state = start(trees.cast(opt_params, dtype), p.to(dtype).reshape(-1))
+            state = settled(state, dtype, p.device)
             states.append(
                 trees.map(lambda x, p=p: x.reshape((*p.shape, *x.shape[1:])).contiguous(), state)
             )

@@ -163,8 +163,20 @@ def start_leaves(
             continue
         dtype = trees.compute_dtype(param)
         state = init_leaf(trees.cast(opt_params, dtype), param.to(dtype))
-        states.append(check_state(state, "init_hidden"))
+        states.append(settled(check_state(state, "init_hidden"), dtype, param.device))
     return trees.unflatten(spec, states)
+
+
+def settled(state: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """A rule's first state, in the compute dtype and on the parameter's device."""
+    return trees.map(
+        lambda x: (
+            x.to(device, dtype if x.is_floating_point() else x.dtype)
+            if isinstance(x, Tensor)
+            else x
+        ),
+        state,
+    )
 
 
 def check_state(state: Any, where: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def check_optimizer(
         raise ValueError(
             f"equivariance must be None or one of {EQUIVARIANCES}, got {equivariance!r}"
         )
+    built_in = param_trees is None
     if param_trees is None:
         param_trees = built_in_trees(device)
     if not param_trees:
@@ -94,6 +95,13 @@ def check_optimizer(
     not_run: dict[str, str] = {}
     first = Case(optimizer, next(iter(param_trees.values())), **setup)
     hidden = first.start(first.params)
+    if built_in and not isinstance(hidden, Hidden):
+        # Written by hand, it may be for the flat dicts that `functionalize` gives.
+        param_trees = {"small": param_trees["small"]}
+        not_run["tree 'nested'"] = (
+            f"the hidden state is a {type(hidden).__name__}: the optimizer may be for flat dicts "
+            "only; give param_trees=fmeta.testing.built_in_trees() to try every kind of node"
+        )
     for name, law in LAWS.items():
         own: dict[str, Any] = dict(setup)
         if name == "permutation_equivariant":

@@ -11,7 +11,7 @@ import fmeta.testing
 from fmeta import trees
 from fmeta.optimizer import Optimizer, optimizer_from_step
 from fmeta.optimizers import per_parameter_sgd, sgd
-from fmeta.testing import LAWS, check_optimizer
+from fmeta.testing import LAWS, built_in_trees, check_optimizer
 
 QUICK = ("inputs_unchanged", "kinds_kept", "needs_enforced", "vmap_equals_loop")
 
@@ -47,7 +47,11 @@ NOISE = {"noise": torch.tensor([0.1, 0.2])}
 
 def test_a_hand_written_rule_with_any_hidden_state_and_every_need():
     report = check_optimizer(
-        RULE, equivariance="coordinate", extras=NOISE, exclude=["compiles_once"]
+        RULE,
+        equivariance="coordinate",
+        extras=NOISE,
+        exclude=["compiles_once"],
+        param_trees=built_in_trees(),
     )
     assert set(report.not_run) == {"none_gradients_skip", "compiles_once"}
     assert "is a list, not an fmeta.Hidden" in report.not_run["none_gradients_skip"]
@@ -61,8 +65,27 @@ def test_extras_may_depend_on_the_parameters():
         seen.append(len(trees.leaves(params)))
         return NOISE
 
-    check_optimizer(RULE, extras=extras, laws=["needs_enforced"])
+    check_optimizer(RULE, extras=extras, laws=["needs_enforced"], param_trees=built_in_trees())
     assert set(seen) == {3, 13}
+
+
+def momentum_on_flat_dicts(th, p, g, h, *, loss=None, extras=None):
+    m = {k: 0.9 * h["m"][k] + g[k] for k in p}
+    return {k: -th["lr"] * m[k] for k in p}, {"m": m, "t": h["t"] + 1}
+
+
+def test_a_rule_written_for_flat_dicts_passes_and_is_told_what_was_left_out():
+    rule = fmeta.Optimizer(
+        lambda generator=None: {"lr": torch.tensor(0.1)},
+        lambda th, p, *, num_steps=None: {
+            "m": {k: torch.zeros_like(v) for k, v in p.items()},
+            "t": torch.zeros(()),
+        },
+        momentum_on_flat_dicts,
+    )
+    report = check_optimizer(rule, exclude=["compiles_once"])
+    assert set(report.held["kinds_kept"]) == {"small"}
+    assert "param_trees=fmeta.testing.built_in_trees()" in report.not_run["tree 'nested'"]
 
 
 def test_missing_extras_are_asked_for():
