@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fmeta._unroll import unroll
 from fmeta.optimizer import Optimizer
-from fmeta.tasks import TaskFamily, loss_of_task, sample_task, stack_tasks
+from fmeta.tasks import Task, TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
+from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["Curves", "compare", "final_loss", "paired_difference", "tune"]
 
@@ -34,6 +35,9 @@ def compare(
 ) -> dict[str, Curves]:
     """Trains fresh models with each optimizer, all from the same start and on the same batches.
 
+    Tasks are drawn on the CPU and moved to the device of ``family.data`` (without data: of the
+    first ``opt_params``).
+
     Args:
         family: where the tasks come from.
         contenders: name -> ``(optimizer, opt_params)``.
@@ -41,17 +45,14 @@ def compare(
         num_seeds: tasks, run together by `vmap`.
         seed: of the tasks; use one that meta-training did not see.
         split: images trained on.
-        held_out: images of which a fresh batch is evaluated after each update.
+        held_out: images of which a fresh batch is evaluated after each update (``split`` itself:
+            the batch of the update, seen again).
 
     Returns:
         `Curves` by name.
     """
-    tasks = stack_tasks(
-        [sample_task(family, num_steps, seed, i, split=split) for i in range(num_seeds)]
-    )
-    shown = stack_tasks(
-        [sample_task(family, num_steps, seed, i, split=held_out) for i in range(num_seeds)]
-    ).batches
+    device = device_of_tasks(family, [opt_params for _, opt_params in contenders.values()])
+    tasks, shown = _draw(family, num_steps, num_seeds, seed, split, held_out, device)
     loss_fn = loss_of_task(family)
     result = {}
     for name, (optimizer, opt_params) in contenders.items():
@@ -96,10 +97,8 @@ def tune(
     Raises:
         ValueError: when the loss is finite for none of the rates.
     """
-    tasks = stack_tasks([sample_task(family, num_steps, seed, i) for i in range(num_seeds)])
-    shown = stack_tasks(
-        [sample_task(family, num_steps, seed, i, split="validation") for i in range(num_seeds)]
-    ).batches
+    device = device_of_tasks(family)
+    tasks, shown = _draw(family, num_steps, num_seeds, seed, "train", "validation", device)
     loss_fn = loss_of_task(family)
 
     def one(lr: Tensor, config: Any, params: Any, batches: Any, eval_batches: Any) -> Tensor:
@@ -117,12 +116,30 @@ def tune(
     with torch.no_grad():
         by_seed = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))
         by_rate = torch.vmap(by_seed, in_dims=(0, None, None, None, None))
-        losses = by_rate(torch.tensor(rates), *tasks, shown)
+        losses = by_rate(torch.tensor(rates, device=device), *tasks, shown)
     score = final_loss(losses).mean(-1)
     score = torch.where(score.isfinite(), score, torch.inf)
     if not score.isfinite().any():
         raise ValueError(f"the final loss is not finite for any of the rates {list(rates)}")
     return rates[int(score.argmin())]
+
+
+def _draw(
+    family: TaskFamily,
+    num_steps: int,
+    num_seeds: int,
+    seed: int,
+    split: str,
+    held_out: str,
+    device: torch.device | None,
+) -> tuple[Task, Any]:
+    """Tasks, and for each the batches to evaluate on, stacked."""
+    drawn = [sample_task(family, num_steps, seed, i, split=split) for i in range(num_seeds)]
+    shown = [
+        sample_batches(family, task.config, num_steps, seed, i, split=held_out)
+        for i, task in enumerate(drawn)
+    ]
+    return stack_tasks(drawn, device), stack_tasks(shown, device)
 
 
 def final_loss(losses: Tensor) -> Tensor:

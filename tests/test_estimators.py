@@ -181,3 +181,37 @@ def test_meta_training_by_hand_learns():
 def test_numbers_below_1_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         estimate(**{name: 0})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_chunks_of_tasks_change_nothing(size):
+    want, got = estimate()[0], estimate(chunk_size=size)[0]
+    close(got, want)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        estimate(chunk_size=0)
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_tasks_go_where_the_data_or_else_the_meta_parameters_are(data):
+    family = FAMILY._replace(data=FAMILY.data.to("meta"))
+    if not data:
+        loss = lambda _, config, p, b: config["k"] * (p["w"] - b).square().sum()
+        family = FAMILY._replace(data=None, loss=loss)
+    meta = trees.map(lambda x: x.to("meta"), META)
+    rule = estimators.full(RULE, family, num_tasks=2, horizon=T, eval_split="validation")
+    got, _ = rule.estimate(meta, rule.init(meta, 0))
+    assert got.metrics["losses"].device.type == "meta"
+
+
+def test_drawing_what_is_evaluated_draws_no_task_again():
+    calls = []
+
+    def init(config, generator):
+        calls.append(config)
+        return FAMILY.init(config, generator)
+
+    rule = estimators.full(
+        RULE, FAMILY._replace(init=init), num_tasks=3, horizon=T, eval_split="validation"
+    )
+    rule.estimate(META, rule.init(META, 0))
+    assert len(calls) == 3

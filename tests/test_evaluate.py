@@ -159,3 +159,9 @@ def test_a_figure_is_drawn_of_curves_that_diverge_too(tmp_path):
     plot.curves(path, panels, title="losses", mark=(10, "horizon"))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_tasks_go_where_the_data_is():
+    family = FAMILY._replace(data=FAMILY.data.to("meta"))
+    curves = evaluate.compare(family, {"a": (optimizers.sgd(0.1), {})}, **LENGTHS)["a"]
+    assert curves.train.device.type == curves.held_out.device.type == "meta"

@@ -5,7 +5,14 @@ import torch
 from torch.func import grad, vmap
 
 from fmeta.random import fold_in
-from fmeta.tasks import TaskFamily, digits, loss_of_task, sample_task, stack_tasks
+from fmeta.tasks import (
+    TaskFamily,
+    digits,
+    loss_of_task,
+    sample_batches,
+    sample_task,
+    stack_tasks,
+)
 
 FAMILY = digits((5,), batch_size=16)
 SPLITS = {"train": 1200, "validation": 297, "test": 300}
@@ -117,3 +124,29 @@ def test_loss_of_task_takes_the_config_as_an_argument():
 def test_what_there_is_not_is_said(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_each_split_has_a_stream_of_its_own():
+    # The same ranks in two splits would couple what is held out to what is trained on.
+    plain = lambda config, generator, steps, split="train": torch.rand(steps, generator=generator)
+    family = FAMILY._replace(batches=plain)
+    drawn = [sample_task(family, 50, 0, 1, split=s).batches for s in SPLITS]
+    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(drawn[0], torch.rand(50, generator=fold_in(0, 1, 2)))  # as it ever was
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_batches_alone_are_those_of_the_task(split):
+    task = sample_task(FAMILY, 3, 0, 4, split=split)
+    called = []
+    spied = FAMILY._replace(sample=called.append, init=lambda *a: called.append(a))
+    got = sample_batches(spied, task.config, 3, 0, 4, split=split)
+    assert torch.equal(got, task.batches)
+    assert not called
+
+
+def test_stacked_tasks_go_to_a_device():
+    drawn = [sample_task(FAMILY, 2, 0, i) for i in range(3)]
+    moved = stack_tasks(drawn, torch.device("meta"))
+    assert moved.model_params["w0"].device.type == moved.batches.device.type == "meta"
+    assert stack_tasks(drawn).batches.device.type == "cpu"

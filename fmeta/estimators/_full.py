@@ -12,7 +12,8 @@ from fmeta._autodiff import grad_and_value
 from fmeta._unroll import Run, unroll
 from fmeta.estimators._contract import Bind, Estimate, Estimator, bind_opt_params
 from fmeta.optimizer import Optimizer, check_optimizer_type
-from fmeta.tasks import TaskFamily, loss_of_task, sample_task, stack_tasks
+from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
+from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["full"]
 
@@ -41,6 +42,7 @@ def full(
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
+    chunk_size: int | None = None,
 ) -> Estimator:
     """Meta-gradient through the whole unroll, averaged over freshly drawn tasks by `vmap`.
 
@@ -56,17 +58,22 @@ def full(
             ``eval_losses`` with ``eval_split``, else of its ``losses``.
         eval_split: the split of the family's data from which one batch is evaluated after each
             inner step (``"validation"``: learn to generalise, not only to fit); None: none.
+            ``"train"`` evaluates each batch after the step on it.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
+        chunk_size: tasks that are worked on together, as in `torch.vmap`; None: all. Values are
+            the same up to rounding; convolutions are often faster by 8.
 
     Returns:
         An `Estimator`. Task i of estimate k is a function of ``(seed, k, i)``. Metrics:
-        ``"losses"`` ``(num_tasks, T)``.
+        ``"losses"`` ``(num_tasks, T)``. Tasks are drawn on the CPU and moved to the device of
+        ``family.data`` (without data: of ``meta_params``).
 
     Raises:
-        ValueError: ``num_tasks`` or ``horizon`` below 1.
+        ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1.
     """
-    for name, value in (("num_tasks", num_tasks), ("horizon", horizon)):
-        if value < 1:
+    sizes = {"num_tasks": num_tasks, "horizon": horizon, "chunk_size": chunk_size}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_optimizer_type(optimizer, "optimizer")
     bind = bind or bind_opt_params
@@ -97,7 +104,7 @@ def full(
         return score(run), run.losses
 
     def average(meta_params: Any, tasks: Any, shown: Any) -> tuple[Tensor, Tensor]:
-        scores, losses = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))(
+        scores, losses = torch.vmap(one, in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size)(
             meta_params, tasks.config, tasks.model_params, tasks.batches, shown
         )
         return scores.mean(), losses
@@ -107,11 +114,16 @@ def full(
 
     def estimate(meta_params: Any, state: FullState) -> tuple[Estimate, FullState]:
         ints = [(state.seed, state.step, i) for i in range(num_tasks)]
-        tasks = stack_tasks([sample_task(family, horizon, *i) for i in ints])
+        device = device_of_tasks(family, meta_params)
+        drawn = [sample_task(family, horizon, *i) for i in ints]
+        tasks = stack_tasks(drawn, device)
         shown = tasks.batches
         if eval_split is not None:
-            drawn = [sample_task(family, horizon, *i, split=eval_split) for i in ints]
-            shown = stack_tasks(drawn).batches
+            seen = [
+                sample_batches(family, task.config, horizon, *i, split=eval_split)
+                for task, i in zip(drawn, ints, strict=True)
+            ]
+            shown = stack_tasks(seen, device)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             grads, (loss, losses) = grad_and_value(average, meta_params, tasks, shown)
         return Estimate(loss, grads, {"losses": losses}), state._replace(step=state.step + 1)

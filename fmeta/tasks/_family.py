@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fmeta import trees
 from fmeta.random import fold_in
 
-__all__ = ["Task", "TaskFamily", "loss_of_task", "sample_task", "stack_tasks"]
+__all__ = [
+    "Task",
+    "TaskFamily",
+    "device_of_tasks",
+    "loss_of_task",
+    "sample_batches",
+    "sample_task",
+    "stack_tasks",
+]
 
 
 class TaskFamily(NamedTuple):
@@ -53,18 +63,54 @@ def sample_task(
         family: where it comes from.
         steps: number of batches T.
         seed, *ints: what the draw is for (run seed, outer step, task index).
-        split: which images (or points) the batches are from.
+        split: which images (or points) the batches are from; each split has a stream of its own.
     """
     config = family.sample(fold_in(seed, *ints, _CONFIG))
     params = family.init(config, fold_in(seed, *ints, _INIT))
-    batches = family.batches(config, fold_in(seed, *ints, _BATCHES), steps, split=split)
-    return Task(config, params, batches)
+    return Task(config, params, sample_batches(family, config, steps, seed, *ints, split=split))
 
 
-def stack_tasks(tasks: list[Task]) -> Task:
-    """Tasks side by side, along a new leading dimension, for `vmap`."""
-    stacked: Task = trees.stack(tasks)
-    return stacked
+def sample_batches(
+    family: TaskFamily, config: Any, steps: int, seed: int, *ints: int, split: str = "train"
+) -> Any:
+    """The batches alone of a task whose config is drawn already, those of another split say.
+
+    Args:
+        family, steps, seed, *ints, split: as in `sample_task`.
+        config: the task's config.
+
+    Returns:
+        What `sample_task` with these arguments has as ``batches``.
+    """
+    # Two splits with one stream would pick images of the same ranks, and equal noise.
+    key = (_BATCHES,) if split == "train" else (_BATCHES, _integer(split))
+    return family.batches(config, fold_in(seed, *ints, *key), steps, split=split)
+
+
+def _integer(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def stack_tasks(tasks: list[Any], device: torch.device | None = None) -> Any:
+    """Tasks (or batches) side by side, along a new leading dimension, for `vmap`.
+
+    Args:
+        tasks: drawn on the CPU, all of one structure.
+        device: where they are moved to; None: they stay where they are.
+    """
+    stacked = trees.stack(tasks)
+    if device is None:
+        return stacked
+    return trees.map(lambda x: x.to(device), stacked)
+
+
+def device_of_tasks(family: TaskFamily, *others: Any) -> torch.device | None:
+    """Where tasks are to be worked on: with the family's data, else with the first other tensor."""
+    for x in trees.leaves((family.data, *others)):
+        if isinstance(x, Tensor):
+            return x.device
+    return None
 
 
 def loss_of_task(family: TaskFamily) -> Callable[..., Tensor]:
