@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 
 from fmeta import trees
 from fmeta._lift import RULE_ERRORS, Leaves, check_state, settled
-from fmeta._tensorwise import check_delta, delta_of, required
-from fmeta.functional import functionalize
-from fmeta.optimizer import Hidden, Optimizer, check_needs, check_params
-from fmeta.random import own
+from fmeta._tensorwise import check_delta, delta_of, fresh, required
+from fmeta.functional import functionalize, moved
+from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params
 
 __all__ = ["coordinatewise", "lift_coordinates"]
 
@@ -38,6 +38,9 @@ def coordinatewise(
             - ``init_hidden(opt_params, param: ()) -> dict`` of tensors;
             - ``step(opt_params, param: (), grad: (), hidden) -> (param: (), hidden)``, or
               ``update(...) -> (delta: (), hidden)``;
+            - optionally ``needs``: then ``step`` or ``update`` also gets ``loss=`` and
+              ``extras=``, the same for all coordinates, and with ``"num_steps"`` in it
+              ``init_hidden`` gets ``num_steps=``;
 
             or an `nn.Module` used as the shared network. It is read once, by `functionalize`; its
             parameters as they stand are what ``init`` returns.
@@ -51,7 +54,9 @@ def coordinatewise(
 
     Returns:
         An `Optimizer`: the delta is new minus old parameter, for a module ``out[..., 0]``. Its
-        hidden state has at each leaf a dict of tensors ``(*leaf, *state)``.
+        hidden state has at each leaf a dict of tensors ``(*leaf, *state)``; after an update those
+        of all leaves of one dtype are views of one buffer (clone the state of a small leaf that
+        is to be kept alone).
 
     Raises:
         TypeError: when the rule lacks a function or its state is not a dict.
@@ -72,29 +77,27 @@ def coordinatewise(
         raise TypeError("features and hidden go with an nn.Module, not with a rule object")
     change, start = delta_of(rule), required(rule, "init_hidden")
     init = required(rule, "init")
+    needs = frozenset(getattr(rule, "needs", ()))
 
-    def start_coordinates(th: Tree, p: Tensor) -> dict[str, Any]:
+    def start_coordinates(th: Tree, p: Tensor, **extra: Any) -> dict[str, Any]:
         def one(x: Tensor) -> dict[str, Any]:
-            return check_state(start(th, x), "init_hidden")
+            return check_state(start(th, x, **extra), "init_hidden")
 
         if not p.numel():  # vmap needs at least one coordinate to learn the state's shape
             like = torch.vmap(one)(p.new_zeros(1))
             return trees.map(lambda x: x[:0], like)
         return torch.vmap(one)(p)
 
-    def update_coordinates(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
+    def update_coordinates(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], **extra: Any) -> Any:
         def one(x: Tensor, d: Tensor, s: dict[str, Any]) -> Any:
-            delta, s = change(th, x, d, s)
+            delta, s = change(th, x, d, s, **extra)
             check_delta(delta, x)
             return delta, check_state(s, "step")
 
         return torch.vmap(one)(p, g, h)
 
     return lift_coordinates(
-        lambda generator=None: init(own(generator)),
-        start_coordinates,
-        update_coordinates,
-        chunk_size=chunk_size,
+        fresh(init), start_coordinates, update_coordinates, chunk_size=chunk_size, needs=needs
     )
 
 
@@ -110,16 +113,19 @@ def lift_coordinates(
 
     Args:
         init: ``init(generator=None) -> opt_params``.
-        start: ``(opt_params, param: (N,)) -> dict`` of tensors ``(N, *state)``.
-        update: ``(opt_params, param: (N,), grad: (N,), hidden) -> (delta: (N,), hidden)``.
+        start: ``(opt_params, param: (N,)[, num_steps=]) -> dict`` of tensors ``(N, *state)``.
+        update: ``(opt_params, param: (N,), grad: (N,), hidden[, loss=, extras=]) ->
+            (delta: (N,), hidden)``.
         chunk_size: the most coordinates given to ``update`` at once.
-        needs: as in `Optimizer`; for information only, the functions do not get them.
+        needs: as in `Optimizer`; where there are any, the functions get the keywords.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
+        check_num_steps(needs, num_steps)
         check_params(model_params)
+        extra = {"num_steps": num_steps} if "num_steps" in needs else {}
         flat, spec = trees.flatten(model_params)
         states: list[dict[str, Any]] = []
         for p in flat:
@@ -127,7 +133,7 @@ def lift_coordinates(
                 states.append({})
                 continue
             dtype = trees.compute_dtype(p)
-            state = start(trees.cast(opt_params, dtype), p.to(dtype).reshape(-1))
+            state = start(trees.cast(opt_params, dtype), p.to(dtype).reshape(-1), **extra)
             state = settled(state, dtype, p.device)
             states.append(
                 trees.map(lambda x, p=p: x.reshape((*p.shape, *x.shape[1:])).contiguous(), state)
@@ -144,6 +150,7 @@ def lift_coordinates(
         extras: Mapping[str, Any] | None = None,
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
+        extra = {"loss": loss, "extras": extras} if needs else {}
         at = Leaves(model_params, grads, hidden)
         at.check_shapes()
         delta: list[Any] = [None] * len(at.params)
@@ -163,7 +170,9 @@ def lift_coordinates(
             ]
             theta = at.weights(opt_params, dtype)
             try:
-                change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size)
+                change, new, new_spec = _chunked(
+                    partial(update, **extra), theta, p, g, h, spec, chunk_size
+                )
             except RULE_ERRORS as error:
                 raise at.explained(error, init, opt_params) from error
             shapes = [at.params[i].shape for i in group]
@@ -239,7 +248,7 @@ class _NetRule:
         return {"state": trees.map(lambda n: p.new_zeros(n), self.sizes)}
 
     def update(self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
-        buffers = trees.cast(self.buffers, p.dtype)
+        buffers = trees.cast(moved(self.buffers, p.device), p.dtype)
         x = self.features(p, g)
         if self.sizes is None:
             return self.apply(th, buffers, x)[..., 0], h

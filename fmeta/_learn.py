@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from fmeta import trees
 from fmeta.optimizer import Hidden, Optimizer
@@ -22,12 +23,12 @@ def _log1m_inverse(u: Tensor) -> Tensor:
     return -torch.expm1(u)
 
 
-# name: (to the learned coordinate, back to natural units, domain, its test for a number)
-TRANSFORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, Callable[..., bool]]] = {
-    "linear": (lambda x: x, lambda u: u, "finite", math.isfinite),
-    "log": (torch.log, torch.exp, "positive", lambda x: 0 < x < math.inf),
-    "log1m": (lambda x: torch.log1p(-x), _log1m_inverse, "below 1", lambda x: -math.inf < x < 1),
-    "logit": (torch.logit, torch.sigmoid, "between 0 and 1", lambda x: 0 < x < 1),
+# name: (to the learned coordinate, back to natural units, domain in words, its open interval)
+TRANSFORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, tuple[float, float]]] = {
+    "linear": (lambda x: x, lambda u: u, "finite", (-math.inf, math.inf)),
+    "log": (torch.log, torch.exp, "positive", (0, math.inf)),
+    "log1m": (lambda x: torch.log1p(-x), _log1m_inverse, "below 1", (-math.inf, 1)),
+    "logit": (torch.logit, torch.sigmoid, "between 0 and 1", (0, 1)),
 }
 
 
@@ -44,8 +45,8 @@ def learn(
         transforms: name of each learned argument -> ``"linear"``, ``"log"`` (log x), ``"log1m"``
             (log(1 - x)) or ``"logit"`` (log(x / (1 - x))), on every element of a tuple or tree.
         **arguments: the builder's arguments: start values of the learned ones (the builder's
-            default where one is not given) and constants. Tensors keep their dtype, Python numbers
-            become float32.
+            default where one is not given) and constants. Tensors keep their dtype and may be
+            differentiated (``init`` gives copies of them), Python numbers become float32.
 
     Returns:
         An `Optimizer` with ``opt_params = {name: value in the transformed coordinate}``.
@@ -92,7 +93,7 @@ def learn(
             "are empty"
         )
 
-    def natural(opt_params: Tree) -> Optimizer:
+    def natural(opt_params: Tree, model_params: Tree) -> Optimizer:
         extra = set(opt_params) - set(transforms) if isinstance(opt_params, dict) else set()
         if extra:
             raise ValueError(
@@ -105,39 +106,70 @@ def learn(
                 f"opt_params of the learned {label} lack {', '.join(absent)}: give the dict that "
                 "init() returns"
             )
+        widest = _widest(model_params)
         values = {
-            name: trees.map(TRANSFORMS[transform][1], opt_params[name])
+            name: trees.map(
+                lambda u, back=TRANSFORMS[transform][1]: back(_at_least(widest, u)),
+                opt_params[name],
+            )
             for name, transform in transforms.items()
         }
         return builder(**constants, **values)
 
     def init(generator: torch.Generator | None = None) -> Tree:
-        return dict(learned)
+        return trees.map(torch.clone, learned)  # a copy keeps the path to a traced start
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
-        return natural(opt_params).init_hidden({}, model_params, num_steps=num_steps)
+        return natural(opt_params, model_params).init_hidden({}, model_params, num_steps=num_steps)
 
     def update(
         opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
     ) -> tuple[Tree, Hidden]:
-        return natural(opt_params).update({}, model_params, grads, hidden, **extra)
+        return natural(opt_params, model_params).update({}, model_params, grads, hidden, **extra)
 
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
-        return natural(opt_params).eval_params({}, model_params, hidden)
+        return natural(opt_params, model_params).eval_params({}, model_params, hidden)
 
     return Optimizer(init, init_hidden, update, base.needs, eval_params)
 
 
 def _to_coordinate(value: Any, transform: str, name: str) -> Tensor:
-    forward, _, domain, inside = TRANSFORMS[transform]
+    forward, _, domain, (low, high) = TRANSFORMS[transform]
     if isinstance(value, Tensor):
-        return forward(value)
+        if _has_values(value):
+            outside = value.detach()[~((low < value) & (value < high))]
+            if outside.numel():
+                raise ValueError(
+                    f"{name!r} holds {outside[0].item():g}, which is not {domain}, as transform "
+                    f'"{transform}" needs'
+                )
+        return forward(value).clone()  # "linear" would keep the caller's own tensor
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(
             f"{name!r} cannot be learned: its start value is {value!r}, not a number, tensor or "
             "tree of these"
         )
-    if not inside(value):
+    if not low < value < high:
         raise ValueError(f'{name} = {value} is not {domain}, as transform "{transform}" needs')
     # In float64 first: log(1 - 0.999) in float32 would be off by 2e-5.
     return forward(torch.tensor(value, dtype=torch.float64)).to(torch.float32)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether one may look at them: not while they are traced, batched, or absent."""
+    traced = torch.compiler.is_compiling() or _functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, torch.nn.Parameter) and not traced and not x.is_meta
+
+
+def _widest(model_params: Tree) -> torch.dtype:
+    """The widest compute dtype among the parameters."""
+    dtype = torch.float32
+    for found in {p.dtype for p in trees.leaves(model_params) if isinstance(p, Tensor)}:
+        if found.is_floating_point:
+            dtype = torch.promote_types(dtype, found)
+    return dtype
+
+
+def _at_least(dtype: torch.dtype, x: Any) -> Any:
+    """Cast before a transform is inverted, whose rounding would otherwise stay."""
+    return x.to(torch.promote_types(x.dtype, dtype)) if isinstance(x, Tensor) else x

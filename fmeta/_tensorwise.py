@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmeta import trees
 from fmeta._lift import check_state, lift
-from fmeta.functional import functionalize
+from fmeta.functional import functionalize, moved
 from fmeta.optimizer import Optimizer
 from fmeta.random import own
 
@@ -81,7 +82,7 @@ def tensorwise(
 
     keywords = () if not needs else ("loss", "extras")
     return lift(
-        lambda generator=None: init(own(generator)),
+        fresh(init),
         init_hidden,
         update_leaf,
         needs=needs,
@@ -116,8 +117,18 @@ class _NetRule:
 
     def update(self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor]) -> Any:
         h = self.accumulate(p, g, h)
-        out = self.apply(th, trees.cast(self.buffers, p.dtype), self.features(p, g, h))
+        buffers = trees.cast(moved(self.buffers, p.device), p.dtype)
+        out = self.apply(th, buffers, self.features(p, g, h))
         return out[..., 0], h
+
+
+def fresh(init: Callable[..., Tree]) -> Callable[..., Tree]:
+    """A rule's ``init`` as an optimizer's: a generator of its own, and copies of what it keeps."""
+
+    def copies(generator: torch.Generator | None = None) -> Tree:
+        return trees.map(lambda x: x.clone() if isinstance(x, Tensor) else x, init(own(generator)))
+
+    return copies
 
 
 def required(rule: Any, name: str) -> Callable[..., Any]:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._lift import Leaves, lift
-from fmeta._tensorwise import check_delta, delta_of, required
+from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
-from fmeta.random import own
 
 __all__ = ["treewise"]
 
@@ -136,7 +135,7 @@ def treewise(rule: Any) -> Optimizer:
         second = lift(init, init_leaf, update_leaf, hypers=lambda th: {"control": at.tree(control)})
         return second.update(opt_params, model_params, grads, Hidden(at.tree(states), shared))
 
-    return Optimizer(lambda generator=None: init(own(generator)), start, update, needs)
+    return Optimizer(fresh(init), start, update, needs)
 
 
 def _own(h: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def loss_of(
     """The loss of a module as a pure function of its parameters and a batch ``(x, y)``.
 
     Args:
-        module: as for ``functionalize``; its buffers are bound inside, as constants.
+        module: as for ``functionalize``; its buffers are bound inside, as constants, and follow
+            the parameters to their device.
         criterion: ``(module output, y) -> loss`` of shape ``()``; a function or a module such as
             ``nn.CrossEntropyLoss()``. Parameters of its own, if any, are constants.
         batch_norm: as for ``functionalize``.
@@ -147,7 +148,12 @@ def loss_of(
                 "for another form write loss_fn(params, batch) with functionalize's apply"
             )
         x, y = batch
-        loss = criterion(apply(params, buffers, x), y)
+        bound = buffers
+        if buffers and isinstance(params, Mapping):
+            devices = {p.device for p in params.values() if isinstance(p, Tensor)}
+            if len(devices) == 1:  # a module spread over several keeps its buffers where they are
+                bound = moved(buffers, devices.pop())
+        loss = criterion(apply(params, bound, x), y)
         if not isinstance(loss, Tensor) or loss.shape != ():
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -157,6 +163,13 @@ def loss_of(
         return loss
 
     return loss_fn
+
+
+def moved(buffers: Tensors, device: torch.device) -> Tensors:
+    """Buffers on that device; the same dict where they are there already."""
+    if all(b.device == device for b in buffers.values()):
+        return buffers
+    return {name: b.to(device) for name, b in buffers.items()}
 
 
 def _check(got: Mapping[str, Tensor], want: dict[str, torch.Size], kind: str, label: str) -> None:

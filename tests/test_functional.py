@@ -483,3 +483,14 @@ def test_compile_takes_apply_as_one_graph(name):
         warnings.simplefilter("ignore")  # the compiler's own
         compiled = torch.compile(apply, fullgraph=True, backend="eager")
         agree(compiled(params, buffers, x), net(x))
+
+
+def test_the_buffers_of_a_loss_follow_the_parameters():
+    net, _ = problem("batch norm, eval")
+    _, params, buffers = functionalize(net)
+    assert buffers
+    loss_fn = loss_of(net, lambda out, y: out.square().mean() + 0 * y.sum())
+    _, x = problem("batch norm, eval")
+    moved = {name: p.to("meta") for name, p in params.items()}
+    assert loss_fn(moved, (x.to("meta"), x.to("meta"))).is_meta
+    assert not loss_fn(params, (x, x)).is_meta

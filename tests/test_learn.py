@@ -168,3 +168,76 @@ def test_a_builder_of_ones_own_and_a_keyword_only_argument():
 def test_what_cannot_be_learned_is_said_at_once(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_transform_is_inverted_in_the_parameters_dtype():
+    # In float32, 1 - exp(u) would be rounded to 24 bits before it met float64 parameters.
+    u = torch.tensor(math.log(1e-3))
+    rule = fmeta.learn(optimizers.adam, {"betas": "log1m"}, betas=(0.9, 0.999))
+    th = {"betas": (torch.tensor(math.log(0.1)), u)}
+    ones = {k: torch.ones_like(p) for k, p in PARAMS.items()}
+    _, hidden = rule.step(th, PARAMS, ones, rule.init_hidden(th, PARAMS))
+    want = math.exp(u.item())
+    assert hidden.leaves["w"]["v"].tolist() == pytest.approx([want] * 3, rel=1e-13)
+
+
+def test_values_in_a_wider_dtype_than_the_parameters_keep_it():
+    seen = []
+
+    def builder(rate=0.5):
+        seen.append(rate)
+        return optimizers.sgd(rate)
+
+    rule = fmeta.learn(builder, {"rate": "log"})
+    params = trees.cast(PARAMS, torch.float32)
+    rule.init_hidden(trees.cast(rule.init(), torch.float64), params)
+    assert seen[-1].dtype == torch.float64
+    rule.init_hidden(rule.init(), params)
+    assert seen[-1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("transform", ["linear", "log", "log1m", "logit"])
+def test_every_init_is_a_copy(transform):
+    lr = torch.tensor(0.25)
+    rule = fmeta.learn(optimizers.sgd, {"lr": transform}, lr=lr)
+    first = rule.init()
+    want = first["lr"].item()
+    first["lr"].add_(1)
+    assert rule.init()["lr"].item() == want
+    assert lr.item() == 0.25
+    lr.zero_()
+    assert rule.init()["lr"].item() == want
+
+
+def test_a_start_may_be_traced():
+    def first_loss(lr):
+        rule = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=lr)
+        return losses(rule, rule.init())[1]
+
+    rates = torch.tensor([0.1, 0.2], **DOUBLE)
+    slopes = vmap(grad(first_loss))(rates)
+    for slope, rate in zip(slopes, rates, strict=True):
+        x = rate.clone().requires_grad_()
+        (want,) = torch.autograd.grad(first_loss(x), x)
+        torch.testing.assert_close(slope, want)
+    # batched ones are not looked at, whatever they hold
+    got = vmap(lambda lr: fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=lr).init()["lr"])(-rates)
+    assert got.isnan().all()
+    meta = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=torch.zeros((), device="meta"))
+    assert meta.init()["lr"].is_meta
+
+
+@pytest.mark.parametrize(
+    ("transform", "values"),
+    [
+        ("linear", [math.inf, math.nan]),
+        ("log", [0.0, -1.0, math.nan, math.inf]),
+        ("log1m", [1.0, 2.0, math.nan, -math.inf]),
+        ("logit", [0.0, 1.0, -1.0, math.nan]),
+    ],
+)
+def test_a_tensor_outside_of_the_domain_is_named(transform, values):
+    for x in values:
+        for wrap in (torch.tensor, lambda x: torch.nn.Parameter(torch.tensor([0.5, x]))):
+            with pytest.raises(ValueError, match=f"'lr' holds {x:g}, which is not .*{transform}"):
+                fmeta.learn(optimizers.sgd, {"lr": transform}, lr=wrap(x))

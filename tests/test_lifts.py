@@ -589,3 +589,145 @@ def test_treewise_is_learned_by_grad():
     numeric = (meta(at + 1e-6 * v) - meta(at - 1e-6 * v)) / 2e-6
     torch.testing.assert_close(grad(meta)(at) @ v, numeric, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(grad(lambda m: meta(m, "sqrt"))(at), grad(meta)(at))
+
+
+# --- what all lifts share ------------------------------------------------------------------------
+
+
+class Keeping:
+    """A rule whose `init` hands out its own tensor."""
+
+    def __init__(self):
+        self.weights = {"lr": torch.tensor(0.1), "name": 3}
+
+    def init(self, generator):
+        return self.weights
+
+    def init_hidden(self, th, p):
+        return {}
+
+    def summary(self, th, p, g, h):
+        return g.norm()[None]
+
+    def mix(self, th, s, tensors, shared):
+        return s, tensors, shared
+
+    def update(self, th, p, g, h, control=None):
+        return -th["lr"] * g, h
+
+
+def of_features(module):
+    return fmeta.tensorwise(module, features=lambda p, g, h: torch.stack([g, p], -1))
+
+
+FROM_PARAMS = {"a": torch.ones(2), "b": torch.ones(3, 2)}
+KEEPERS = {
+    **{
+        name: (lambda b=builder: b(FROM_PARAMS) if b is optimizers.per_parameter_sgd else b())
+        for name, builder in optimizers.BUILDERS.items()
+    },
+    "learned adam": lambda: fmeta.learn(optimizers.adam, {"lr": "linear", "betas": "linear"}),
+    "coordinatewise module": lambda: fmeta.coordinatewise(nn.Linear(2, 1)),
+    "tensorwise module": lambda: of_features(nn.Linear(2, 1)),
+    "coordinatewise rule": lambda: fmeta.coordinatewise(Keeping()),
+    "tensorwise rule": lambda: fmeta.tensorwise(Keeping()),
+    "treewise rule": lambda: fmeta.treewise(Keeping()),
+    "in a partition": lambda: fmeta.partition(
+        {"a": fmeta.coordinatewise(nn.Linear(2, 1))}, lambda path, x: "a"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_every_init_gives_tensors_of_its_own(name):
+    rule = KEEPERS[name]()
+    first = rule.init()
+    want = trees.map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, first)
+    for x in trees.leaves(first):
+        if isinstance(x, torch.Tensor):
+            x.add_(1)
+    for a, b in zip(trees.leaves(rule.init()), trees.leaves(want), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("shift", torch.tensor([0.5, -0.5]))
+
+    def forward(self, x):
+        return self.linear(x + self.shift)
+
+
+@pytest.mark.parametrize("lifted", [fmeta.coordinatewise, of_features])
+def test_buffers_follow_the_parameters_to_their_device(lifted):
+    rule = lifted(Shifted())
+    on_meta = lambda tree: trees.map(lambda x: x.to("meta"), tree)
+    th, params = on_meta(rule.init()), on_meta(FROM_PARAMS)
+    new, _ = rule.step(th, params, params, rule.init_hidden(th, params))
+    assert all(x.is_meta for x in trees.leaves(new))
+    want, _ = rule.step(rule.init(), FROM_PARAMS, FROM_PARAMS, rule.init_hidden({}, FROM_PARAMS))
+    net = rule.init()
+    weight, bias = net["linear.weight"][0], net["linear.bias"]
+    close(
+        want,
+        trees.map(lambda p: p + p * weight.sum() + (weight[0] - weight[1]) / 2 + bias, FROM_PARAMS),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("size", [None, 1, 4])
+@pytest.mark.parametrize("by", ["update", "step"])
+def test_coordinatewise_gets_what_it_needs(by, size):
+    class Needy:
+        needs = frozenset({"loss", "noise", "num_steps"})
+        init = staticmethod(lambda generator: {})
+        init_hidden = staticmethod(lambda th, p, *, num_steps: {"n": p.new_tensor(num_steps)})
+
+    def change(th, p, g, h, *, loss, extras):
+        return -loss * extras["noise"] * h["n"] * g, h
+
+    def moved(th, p, g, h, **extra):
+        return p + change(th, p, g, h, **extra)[0], h
+
+    setattr(Needy, by, staticmethod(change if by == "update" else moved))
+    rule = fmeta.coordinatewise(Needy, chunk_size=size)
+    assert rule.needs == Needy.needs
+    params, g = start(), gradients(0)
+    with pytest.raises(ValueError, match=r"needs num_steps.*init_hidden\(.*num_steps=\.\.\.\)"):
+        rule.init_hidden({}, params)
+    hidden = rule.init_hidden({}, params, num_steps=4)
+    with pytest.raises(ValueError, match="needs the loss"):
+        rule.step({}, params, g, hidden, extras={"noise": 0.5})
+    with pytest.raises(ValueError, match="needs noise"):
+        rule.step({}, params, g, hidden, loss=torch.tensor(2.0))
+    new, _ = rule.step({}, params, g, hidden, loss=torch.tensor(2.0), extras={"noise": 0.5})
+    close(new, {k: p - 4 * g[k] for k, p in params.items()})
+
+
+def test_a_coordinates_loss_is_differentiated_and_batched():
+    class ByLoss:
+        needs = frozenset({"loss"})
+        init = staticmethod(lambda generator: {"lr": torch.tensor(0.1, **DOUBLE)})
+        init_hidden = staticmethod(lambda th, p: {})
+        update = staticmethod(lambda th, p, g, h, *, loss, extras: (-th["lr"] * loss * g, h))
+
+    rule = fmeta.coordinatewise(ByLoss)
+    loss = lambda p, x: (p["w"] - x).square().sum()
+    batches = torch.linspace(-1, 1, 3, **DOUBLE)
+
+    def meta(lr, w):
+        return fmeta.unroll(rule, loss, {"lr": lr}, {"w": w}, batches).losses.sum()
+
+    def by_hand(lr, w):
+        total = 0.0
+        for x in batches:
+            value = (w - x).square().sum()
+            total, w = total + value, w - lr * value * 2 * (w - x)
+        return total
+
+    lr, ws = torch.tensor(0.01, **DOUBLE), torch.tensor([[1.0, 2.0], [0.5, -1.0]], **DOUBLE)
+    got = torch.vmap(grad(meta, argnums=(0, 1)), in_dims=(None, 0))(lr, ws)
+    want = torch.vmap(grad(by_hand, argnums=(0, 1)), in_dims=(None, 0))(lr, ws)
+    torch.testing.assert_close(got, want)

@@ -106,7 +106,7 @@ def per_parameter_sgd(like: Tree, lr: Any = 0.01) -> Optimizer:
         return -lr * g, h
 
     return lift(
-        lambda generator=None: {"lr": rates},
+        lambda generator=None: {"lr": trees.map(torch.clone, rates)},
         lambda th, p: {},
         update,
         hypers=lambda th: {"lr": th["lr"]},
