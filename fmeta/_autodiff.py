@@ -41,6 +41,7 @@ def inside_transform() -> bool:
     return (
         torch.compiler.is_compiling()
         or _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0  # `detach` would drop the tangents
         or _nested.get()
     )
 
@@ -66,6 +67,11 @@ def grad_and_value(
     Returns:
         ``(grads, (loss, aux))``.
     """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        # Nothing can be recorded in inference mode, nor with tensors that were made in it.
+        with torch.inference_mode(False), torch.no_grad():
+            copies = trees.map(lambda x: x.clone() if isinstance(x, Tensor) else x, (params, args))
+            return grad_and_value(fn, copies[0], *copies[1])
     if _directly_under_vmap(params, args):
         return _per_member(fn, params, args)
     flat, spec = trees.flatten(params)
@@ -105,6 +111,8 @@ def grad_and_value(
 def _directly_under_vmap(params: Any, args: Any) -> bool:
     """Whether `vmap` is the only transform, and what is below it is plain autograd's business."""
     if torch.compiler.is_compiling() or _nested.get():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     innermost = _functorch.peek_interpreter_stack()
     if innermost is None or _functorch.get_dynamic_layer_stack_depth() != 1:

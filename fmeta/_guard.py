@@ -8,17 +8,20 @@ then meets a tensor of an outer transform has got it by closure.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmeta import _autodiff, trees
 
-__all__ = ["refuse_closures_and_noise"]
+__all__ = ["refuse_changing_numbers", "refuse_closures_and_noise"]
 
 _functorch = torch._C._functorch
 
@@ -39,34 +42,79 @@ _NOISE = (
     "noise outside and pass it in as data (a part of the batch), put the module into eval mode, or "
     "use checkpoint=None"
 )
+# Reading these is not using a tensor's values ("__get__" is any property, such as .shape).
+_METADATA = {"__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point"}
+_METADATA |= {"is_inference", "is_complex", "__len__", "element_size", "get_device"}
+_METADATA |= {"untyped_storage"}
+# Of a tensor without a batch dimension, these read shape, dtype and device only.
+_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like"}
+_LIKE |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 
 
 def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> None:
     """Runs ``fn`` once on untraced stand-ins of ``args`` and raises on what it must not do.
 
+    It sees what the function does with these arguments: what it does only in later calls (by a
+    counter of its own, say) stays unseen. Generators other than those of torch, NumPy and Python's
+    `random` are not watched either.
+
     Args:
         fn: the function that will be recomputed.
-        *args: trees of tensors.
+        *args: trees of tensors; numbers among them may not change.
         cure: how to pass a tensor explicitly, for the message.
 
     Raises:
-        ValueError: when ``fn`` uses a closed-over tensor that is being differentiated or batched,
-            or draws random numbers.
+        ValueError: when ``fn`` uses or returns a closed-over tensor that is being differentiated or
+            batched, or draws random numbers.
+        TypeError: when a number in its first argument comes back changed.
     """
     if torch.compiler.is_compiling():  # the tracer sees closures by itself
         return
     standins = trees.map(lambda x: _untraced(x) if isinstance(x, Tensor) else x, args)
-    before = _random_state()
-    recording = torch.is_grad_enabled()
-    with torch.no_grad(), _Refuse(cure, recording), _autodiff.nested():
-        fn(*standins)
-    after = _random_state()
-    if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+    before, other_before = _random_state(), _other_random_state()
+    refuse = _Refuse(cure, torch.is_grad_enabled())
+    noise = _SeesNoise()
+    with torch.no_grad(), refuse, noise, _autodiff.nested():
+        result = fn(*standins)
+    for x in trees.leaves(result):
+        if isinstance(x, Tensor) and refuse.traced_outside(x):
+            refuse.complain("the function returns", x)
+    changed = any(not torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True))
+    # Another thread may draw from the global generator at the same time: that is not our noise.
+    if changed and noise.seen:
         _restore_random_state(before)
+        raise ValueError(_NOISE)
+    if _other_random_state() != other_before:
         raise ValueError(_NOISE)
 
 
+def refuse_changing_numbers(carry: Any, new: Any) -> None:
+    """Raises a TypeError when a carry's Python number is another after a step."""
+    for path, a, b in zip(trees.paths(carry), trees.leaves(carry), trees.leaves(new), strict=True):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor) and a is not b and a != b:
+            raise TypeError(
+                f"the carry at path {path} is {a!r} before a step and {b!r} after it: under "
+                "checkpoint what changes must be a tensor (a count: torch.zeros((), "
+                "dtype=torch.int64))"
+            )
+
+
+class _SeesNoise(TorchDispatchMode):
+    """Notes whether an operation that draws random numbers was run, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
 class _Refuse(TorchFunctionMode):
+    """Raises when an operation meets a tensor of a transform around the probe."""
+
     def __init__(self, cure: str, recording: bool) -> None:
         super().__init__()
         self.cure = cure
@@ -81,12 +129,18 @@ class _Refuse(TorchFunctionMode):
                 if isinstance(x, torch.Generator):  # the global one shows by its state
                     raise ValueError(_NOISE)
                 if isinstance(x, Tensor) and self.traced_outside(x):
-                    raise ValueError(
-                        f"`{name}` uses a closed-over tensor of shape {tuple(x.shape)} that is "
-                        "being differentiated or batched; recomputed, it would silently be a "
-                        f"constant. Pass it explicitly: {self.cure}"
-                    )
+                    if name in _LIKE and not _functorch.is_batchedtensor(x):
+                        continue
+                    self.complain(f"`{name}` uses", x)
         return func(*args, **(kwargs or {}))
+
+    def complain(self, what: str, x: Tensor) -> None:
+        raise ValueError(
+            f"{what} a closed-over tensor of shape {tuple(x.shape)} that is being differentiated "
+            "or batched; recomputed, it would silently be a constant. Pass it explicitly: "
+            f"{self.cure}. Parameters of a module that are not being learned: "
+            "module.requires_grad_(False)"
+        )
 
     def traced_outside(self, x: Tensor) -> bool:
         """Whether x carries a derivative or a batch dimension of a transform around the probe."""
@@ -125,6 +179,11 @@ def _random_state() -> list[Tensor]:
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return states
+
+
+def _other_random_state() -> tuple[Any, ...]:
+    state: Any = numpy.random.get_state()
+    return random.getstate(), state[1].tobytes(), *state[2:]
 
 
 def _restore_random_state(states: list[Tensor]) -> None:

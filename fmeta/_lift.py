@@ -7,6 +7,7 @@ leaf, or one that is alone with its shape, is updated as it is, without a copy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class Leaves:
         return trees.unflatten(self.spec, values)
 
     def weights(self, opt_params: Tree, dtype: torch.dtype) -> Tree:
-        """``opt_params`` in the compute dtype; numbers may be anywhere, arrays not."""
+        """``opt_params`` in the compute dtype; scalars are moved to the device, arrays are not."""
         flat, spec = trees.flatten(opt_params)
         device = self.params[self.active[0]].device
         for j, x in enumerate(flat):
@@ -88,7 +89,10 @@ class Leaves:
                 )
         return trees.unflatten(
             spec,
-            [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in flat],
+            [
+                x.to(device, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in flat
+            ],
         )
 
     def check_shapes(self) -> None:
@@ -114,8 +118,17 @@ class Leaves:
             f"{self.params[i].device} and the {what} on {device}: move them to one device"
         )
 
-    def explained(self, error: Exception, init: Callable[..., Tree], opt_params: Tree) -> Exception:
-        """What to raise for an error inside a rule: weights or a state of another, or itself."""
+    def explained(
+        self,
+        error: Exception,
+        init: Callable[..., Tree],
+        opt_params: Tree,
+        fresh: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> Exception:
+        """What to raise for an error inside a rule: weights or a state of another, or itself.
+
+        ``fresh`` gives a state such as the rule starts with.
+        """
         try:
             own = init(None)
         except Exception:  # under a transform that forbids drawing, say
@@ -126,7 +139,12 @@ class Leaves:
                 f"opt_params do not fit this optimizer: it learns {_listed(want)}, got "
                 f"{_listed(got)}: give what its init() returns"
             )
-        return self.missing(error.args[0]) if isinstance(error, KeyError) else error
+        if not isinstance(error, KeyError) or not error.args:
+            return error
+        key = error.args[0]
+        if fresh is not None and key not in fresh():
+            return error  # a key of something that the rule itself holds
+        return self.missing(key)
 
     def missing(self, key: Any) -> ValueError:
         """The error for a rule that found no entry ``key`` where it looked for one."""
@@ -256,7 +274,11 @@ def lift(
                 weights[dtype] = at.weights(opt_params, dtype)
             theta = weights[dtype]
             rows = [
-                (*at.pair(i), at.states[i], {k: _number(v[i], dtype) for k, v in named.items()})
+                (
+                    *at.pair(i),
+                    at.states[i],
+                    {k: _number(v[i], at.params[i]) for k, v in named.items()},
+                )
                 for i in group
             ]
             try:
@@ -268,7 +290,8 @@ def lift(
                 else:
                     results = _vmap_group(update_leaf, theta, rows, extra)
             except RULE_ERRORS as error:
-                raise at.explained(error, init, opt_params) from error
+                started = functools.partial(_started, init_leaf, theta, at.pair(group[0])[0])
+                raise at.explained(error, init, opt_params, started) from error
             for i, (d, s) in zip(group, results, strict=True):
                 delta[i], states[i] = d, s
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)
@@ -305,8 +328,19 @@ def per_leaf(
     return found
 
 
-def _number(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+def _started(init_leaf: Callable[..., Any], theta: Tree, param: Tensor) -> Mapping[str, Any]:
+    try:
+        state = init_leaf(theta, param)
+    except Exception:  # it needs what is not at hand here: then nothing can be said
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _number(value: Any, like: Tensor) -> Any:
+    """A hyper-parameter in the compute dtype of ``like``, on its device."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like.device, trees.compute_dtype(like))
 
 
 def _broadcast_group(

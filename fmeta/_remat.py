@@ -124,9 +124,17 @@ def _vjp(
 
 def _jvp(fn: FlatFn, wrt: tuple[int, ...], n: int, *flat: Tensor) -> tuple[Tensor, ...]:
     args, tangents = flat[:n], flat[n:]
-    out = torch.func.jvp(
-        lambda *inputs: fn(*_filled(args, wrt, inputs)), tuple(args[i] for i in wrt), tangents
-    )[1]
+    try:
+        out = torch.func.jvp(
+            lambda *inputs: fn(*_filled(args, wrt, inputs)), tuple(args[i] for i in wrt), tangents
+        )[1]
+    except RuntimeError as error:
+        if "Nested forward mode AD" not in str(error):
+            raise
+        raise ValueError(
+            "forward_ad.dual_level does not go through a recomputed function (checkpoint=, "
+            "mixed_mode=True): use torch.func.jvp"
+        ) from error
     return _distinct(list(out), flat)
 
 

@@ -50,6 +50,8 @@ def scan(
       steps, for up to r + 1 more forward passes, where r is the least number with
       C(s + r, s) >= T / b.
 
+    For derivatives of higher order the recomputations multiply, most with few snapshots.
+
     Under ``checkpoint`` everything that is being differentiated or batched must be an argument
     (``carry``, ``xs``, ``consts``), and the body must not draw random numbers: both are checked by
     running one step on stand-ins first, and refused.
@@ -82,7 +84,8 @@ def scan(
     _check_schedule(checkpoint)
     if checkpoint is None:
         return _plain(body, total, carry, xs, consts)
-    _guard.refuse_closures_and_noise(body, carry, _slice(xs, 0), *consts, cure=CURE)
+    first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, xs)
+    _guard.refuse_closures_and_noise(_watched(body), carry, first, *consts, cure=CURE)
     if checkpoint == "sqrt":
         # The graph of a step holds several times what a carry does (inner activations and gradients
         # beside parameters and moments), so segments half as long as sqrt(T) balance the two.
@@ -111,7 +114,7 @@ def _plain(body: Body, total: int, carry: Tree, xs: Tree, consts: tuple[Tree, ..
                 "(carry, ()) when there is nothing to stack"
             )
         new, y = result
-        if t == 0 and trees.flatten(new)[1] != trees.flatten(carry)[1]:
+        if t == 0 and not _same_structure(new, carry):
             raise TypeError(
                 f"the body changed the structure of the carry, from the paths {trees.paths(carry)} "
                 f"to {trees.paths(new)}: it must return what it got, with new values"
@@ -125,11 +128,10 @@ def _segments(
     body: Body, size: int, total: int, carry: Tree, xs: Tree, consts: tuple[Tree, ...]
 ) -> tuple[Tree, Tree]:
     """Consecutive pieces of the loop, each recomputed as a whole."""
+    sizes = [min(size, total - start) for start in range(0, total, size)]
     parts = []
-    for start in range(0, total, size):
-        n = min(size, total - start)
-        piece = remat(functools.partial(_plain, body, n))
-        carry, ys = piece(carry, _slice(xs, start, start + n), consts)
+    for n, piece in zip(sizes, _split(xs, sizes), strict=True):
+        carry, ys = remat(functools.partial(_plain, body, n))(carry, piece, consts)
         parts.append(ys)
     return carry, _joined(parts, torch.cat)
 
@@ -154,16 +156,16 @@ def _treeverse(
         return remat(functools.partial(_plain, body, total))(carry, xs, consts)
     if snapshots == 0 or depth == 0:
         return _plain(body, total, carry, xs, consts)
-    parts, start = [], 0
-    while start < total:
-        left = total - start
-        room = math.comb(snapshots + depth - 1, snapshots) if snapshots else blocks
-        n = min(max(room, 1) * stride, left)
-        inner = functools.partial(_treeverse, body, snapshots, depth - 1, stride, n)
-        carry, ys = remat(inner)(carry, _slice(xs, start, start + n), consts)
+    sizes: list[int] = []
+    while (left := total - sum(sizes)) > 0:
+        s = max(snapshots - len(sizes), 0)
+        room = math.comb(s + depth - 1, s) if s else blocks
+        sizes.append(min(max(room, 1) * stride, left))
+    parts = []
+    for i, (n, piece) in enumerate(zip(sizes, _split(xs, sizes), strict=True)):
+        inner = functools.partial(_treeverse, body, max(snapshots - i, 0), depth - 1, stride, n)
+        carry, ys = remat(inner)(carry, piece, consts)
         parts.append(ys)
-        start += n
-        snapshots = max(snapshots - 1, 0)
     return carry, _joined(parts, torch.cat)
 
 
@@ -174,13 +176,39 @@ def _depth(blocks: int, snapshots: int) -> int:
     return depth
 
 
-def _slice(xs: Tree, start: int, stop: int | None = None) -> Tree:
-    index = start if stop is None else slice(start, stop)
-    return trees.map(lambda x: x[index] if isinstance(x, Tensor) else x, xs)
+def _split(xs: Tree, sizes: list[int]) -> list[Tree]:
+    """Consecutive pieces of ``xs``; by one split, whose backward is one concatenation."""
+    leaves, spec = trees.flatten(xs)
+    columns = [x.split(sizes) if isinstance(x, Tensor) else (x,) * len(sizes) for x in leaves]
+    return [trees.unflatten(spec, [c[i] for c in columns]) for i in range(len(sizes))]
+
+
+def _watched(body: Body) -> Body:
+    """The body, refusing a Python number in the carry that changes (under checkpoint)."""
+
+    def watched(carry: Tree, *args: Any) -> tuple[Tree, Tree]:
+        result = body(carry, *args)
+        if isinstance(result, tuple) and len(result) == 2 and _same_structure(carry, result[0]):
+            _guard.refuse_changing_numbers(carry, result[0])
+        return result
+
+    return watched
+
+
+def _same_structure(a: Tree, b: Tree) -> bool:
+    if torch.compiler.is_compiling():  # a tracer checks the carry by itself
+        return True
+    return bool(trees.flatten(a)[1] == trees.flatten(b)[1])
 
 
 def _joined(ys: list[Tree], join: Callable[[list[Tensor]], Tensor]) -> Tree:
     columns = [trees.leaves(y) for y in ys]
+    for path, y in zip(trees.paths(ys[0]), columns[0], strict=True):
+        if y is not None and not isinstance(y, Tensor):
+            raise TypeError(
+                f"y at path {path} is {y!r}, but what a step returns is stacked: return tensors "
+                "(or None)"
+            )
     return trees.unflatten(
         trees.flatten(ys[0])[1],
         [join(list(c)) if isinstance(c[0], Tensor) else c[0] for c in zip(*columns, strict=True)],

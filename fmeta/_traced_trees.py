@@ -6,6 +6,7 @@ Dynamo's replacements of optree's functions fail on nodes without tensors, such 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 __all__ = ["TracedSpec"]
@@ -45,7 +46,8 @@ class TracedSpec:
             start += child.num_leaves
         values = [parts[k] for k in self.order]
         if issubclass(self.kind, dict):
-            return dict(zip(self.order, values, strict=True))
+            pairs = zip(self.order, values, strict=True)
+            return OrderedDict(pairs) if issubclass(self.kind, OrderedDict) else dict(pairs)
         return self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
 
     def flatten_up_to(self, tree: Tree) -> list[Any]:

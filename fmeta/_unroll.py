@@ -11,7 +11,13 @@ from fmeta import _guard, trees
 from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._mixed import mixed_grad_and_value
 from fmeta._scan import CURE, checked_args, loop_length, scan
-from fmeta.optimizer import Optimizer, apply_updates, check_needs, check_params
+from fmeta.optimizer import (
+    Optimizer,
+    apply_updates,
+    check_needs,
+    check_optimizer_type,
+    check_params,
+)
 
 __all__ = ["InnerState", "Run", "inner_step", "unroll"]
 
@@ -76,9 +82,8 @@ def inner_step(
         ValueError: for an unknown ``first_order``; later, for a loss that is not a scalar, or trees
             that do not match (with the path).
     """
-    order = _order(first_order)
-    gradient = mixed_grad_and_value if mixed_mode else grad_and_value
-    _check_optimizer(optimizer)
+    check_optimizer_type(optimizer, "optimizer")
+    run = _step(optimizer, loss_fn, _order(first_order), mixed_mode)
     default_args = checked_args(loss_args, "loss_args")
 
     def step(
@@ -89,11 +94,26 @@ def inner_step(
         loss_args: Sequence[Tree] | None = None,
         extras: Mapping[str, Any] | None = None,
     ) -> tuple[InnerState, dict[str, Tensor]]:
-        params, hidden, model_state = state
         args = default_args if loss_args is None else checked_args(loss_args, "loss_args")
+        if mixed_mode:
+            _guard_loss(loss_fn, state.params, batch, state.model_state, args)
+        return run(opt_params, state, batch, args, extras)
+
+    return step
+
+
+def _step(
+    optimizer: Optimizer, loss_fn: Callable[..., Any], order: str | None, mixed_mode: bool
+) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
+    gradient = mixed_grad_and_value if mixed_mode else grad_and_value
+
+    def step(
+        opt_params: Tree, state: InnerState, batch: Tree, args: Any, extras: Any
+    ) -> tuple[InnerState, dict[str, Tensor]]:
+        params, hidden, model_state = state
         if _absent(model_state):
             grads, (loss, new_state) = gradient(
-                lambda p, b, a: (loss_fn(p, b, *a), ()), params, batch, args
+                lambda p, b, a: (loss_fn(p, b, *a), model_state), params, batch, args
             )
         else:
             grads, (loss, new_state) = gradient(
@@ -180,7 +200,7 @@ def unroll(
         >>> torch.func.grad(meta_loss)({"lr": torch.tensor(-2.0)})["lr"] < 0
         tensor(True)
     """
-    _check_optimizer(optimizer)
+    check_optimizer_type(optimizer, "optimizer")
     check_params(model_params, allow_none=False)
     if extras is not None and not isinstance(extras, Mapping):
         raise TypeError(
@@ -204,12 +224,12 @@ def unroll(
             opt_params, model_params, num_steps=total if num_steps is None else num_steps
         )
     start = InnerState(model_params, hidden, () if model_state is None else model_state)
-    step = inner_step(optimizer, loss_fn, first_order=first_order, mixed_mode=mixed_mode)
+    step = _step(optimizer, loss_fn, _order(first_order), mixed_mode)
     evaluate = loss_fn if eval_loss_fn is None else eval_loss_fn
     args = checked_args(loss_args, "loss_args")
 
     def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
-        state, metrics = step(opt_params, state, x["batches"], loss_args=args, extras=x["extras"])
+        state, metrics = step(opt_params, state, x["batches"], args, x["extras"])
         if eval_batches is None:
             return state, (metrics["loss"],)
         shown = optimizer.eval_params(opt_params, state.params, state.hidden)
@@ -221,27 +241,23 @@ def unroll(
         return state, (metrics["loss"], value)
 
     if mixed_mode:
-        state_args = () if _absent(start.model_state) else (start.model_state,)
         first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, batches)
-        _guard.refuse_closures_and_noise(
-            loss_fn, model_params, first, *state_args, *args, cure=CURE
-        )
+        _guard_loss(loss_fn, model_params, first, start.model_state, args)
     state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
     evals = ys[1] if len(ys) > 1 else ()
     return Run(ys[0], state.params, state.hidden, state.model_state, evals)
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    if not hasattr(optimizer, "init_hidden") or not hasattr(optimizer, "update"):
-        name = getattr(optimizer, "__name__", type(optimizer).__name__)
-        raise TypeError(
-            f"the optimizer must be an fmeta Optimizer, got {name}: build it first "
-            "(fmeta.optimizers.adam(lr=1e-3)), or make one with fmeta.optimizer_from_step"
-        )
+def _guard_loss(
+    loss_fn: Callable[..., Any], params: Tree, batch: Tree, model_state: Tree, args: Any
+) -> None:
+    """Mixed mode computes the loss again in the backward pass: it may not close over a tracer."""
+    state_args = () if _absent(model_state) else (model_state,)
+    _guard.refuse_closures_and_noise(loss_fn, params, batch, *state_args, *args, cure=CURE)
 
 
 def _absent(model_state: Any) -> bool:
-    return isinstance(model_state, tuple) and model_state == ()
+    return model_state is None or (isinstance(model_state, tuple) and model_state == ())
 
 
 def _pair(result: Any) -> tuple[Tensor, Any]:

@@ -14,7 +14,8 @@ def fold_in(seed: int, *ints: int) -> torch.Generator:
 
     The integers are hashed (BLAKE2b), so that neighbouring seeds, permuted integers and added
     zeros all give unrelated streams, and a draw does not depend on how the work around it is
-    grouped or spread over processes.
+    grouped or spread over processes. torch's CPU generator has 2**32 streams: among 100,000 draws
+    about one pair has the same.
 
     Args:
         seed: the seed of the run, ``-2**63 <= seed < 2**63``.

@@ -375,12 +375,12 @@ UNROLL = {
     "a builder for an optimizer": (
         lambda: unroll(optimizers.adam),
         TypeError,
-        r"must be an fmeta Optimizer, got adam: build it first",
+        r"must be an fmeta.Optimizer, got function: call the builder: adam\(",
     ),
     "torch's optimizer": (
         lambda: unroll(torch.optim.SGD),
         TypeError,
-        "must be an fmeta Optimizer, got SGD",
+        r"must be an fmeta.Optimizer, got \w+: .*",
     ),
     "needs an extra": (
         lambda: unroll(needing("noise")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ def ema(average: Tensor, value: Tensor, beta: Any, out: Tensor | None = None) ->
 
 
 def bias_corrections(betas: tuple[Any, Any], steps: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
-    """``1 - beta ** steps`` of two betas, in the compute dtype."""
+    """``1 - beta ** steps`` of two betas, in the compute dtype.
+
+    As ``-expm1(steps * log(beta))``: in float32 the plain form loses four digits at beta = 0.9999.
+    """
     t = steps.to(dtype)
-    return 1 - torch.pow(betas[0], t), 1 - torch.pow(betas[1], t)
+    return -torch.expm1(t * _log(betas[0])), -torch.expm1(t * _log(betas[1]))
+
+
+def _log(beta: Any) -> Any:
+    if isinstance(beta, Tensor):
+        return beta.clamp_min(torch.finfo(beta.dtype).tiny).log()
+    return math.log(beta) if beta else -math.inf
