@@ -50,17 +50,17 @@ def treewise(rule: Any) -> Optimizer:
         TypeError: when the rule lacks a function.
 
     Example:
-        >>> class NormShare:                            # each tensor's share of the gradient norm
+        >>> class Share:                                # of the sum of squares of all gradients
         ...     init = staticmethod(lambda generator: {"lr": torch.tensor(1.0)})
         ...     init_hidden = staticmethod(lambda th, p: {})
-        ...     summary = staticmethod(lambda th, p, g, h: g.norm()[None])
-        ...     mix = staticmethod(lambda th, s, tensors, shared: (s / s.sum(), tensors, shared))
+        ...     summary = staticmethod(lambda th, p, g, h: g.square().sum()[None])
+        ...     mix = staticmethod(lambda th, s, hs, shared: (s / (s.sum() + 1e-8), hs, shared))
         ...     update = staticmethod(lambda th, p, g, h, c: (-th["lr"] * c[0] * g, h))
-        >>> share = treewise(NormShare)
+        >>> share = treewise(Share)
         >>> p = [torch.zeros(1), torch.zeros(1)]
         >>> g = [torch.ones(1), 3 * torch.ones(1)]
         >>> share.step(share.init(), p, g, share.init_hidden(share.init(), p))[0]
-        [tensor([-0.2500]), tensor([-2.2500])]
+        [tensor([-0.1000]), tensor([-2.7000])]
 
     Reference:
         Wichrowska et al. 1703.04813 (hierarchical RNN); Metz et al. 2211.09760 (VeLO).
