@@ -18,6 +18,7 @@ from torch import Tensor
 from fmeta import trees
 
 __all__ = [
+    "by_path",
     "load_tree",
     "read_metadata",
     "save_tree",
@@ -65,12 +66,29 @@ def save_tree(
         path: the file.
         tree: tree of tensors; each is stored under its path (``encoder/0.weight``).
         metadata: strings stored in the file's header.
+
+    Raises:
+        ValueError: two leaves with one path (``{"a/b": ..., "a": {"b": ...}}``).
     """
-    tensors = {
-        name: x.detach().cpu().contiguous().clone()
-        for name, x in zip(trees.paths(tree), trees.leaves(tree), strict=True)
-    }
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in by_path(tree).items()}
     write_bytes(path, safetensors.torch.save(tensors, dict(metadata or {})))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths.
+
+    Raises:
+        ValueError: two leaves with one path.
+    """
+    names = trees.paths(tree)
+    found = dict(zip(names, trees.leaves(tree), strict=True))
+    if len(found) < len(names):
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(
+            f"two leaves of the tree have the path {twice}, under which a file can hold one: "
+            "rename a key that contains '/'"
+        )
+    return found
 
 
 def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = False) -> Any:
@@ -86,7 +104,7 @@ def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = Fals
             shape or dtype (with their names).
     """
     tensors = _read(path)
-    names = trees.paths(like)
+    names = list(by_path(like))
     missing = [n for n in names if n not in tensors]
     extra = [n for n in tensors if n not in names]
     if missing or extra:

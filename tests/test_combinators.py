@@ -352,3 +352,79 @@ def test_all_of_them_nested_are_differentiated_under_checkpoint():
     numeric = (moved(1e-6) - moved(-1e-6)) / 2e-6
     torch.testing.assert_close(lr(slope), numeric, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(lr(grad(lambda t: meta(t, "sqrt"))(th)), lr(slope))
+
+
+# --- number formats, devices and starts of the parts ---------------------------------------------
+
+
+def test_clipping_is_in_each_parameters_dtype_and_sums_in_the_widest():
+    params = {
+        "a": torch.ones(2),
+        "b": torch.ones(2, **DOUBLE),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
+    tiny = 1 + 2.0**-40  # lost in float32
+    g = {
+        "a": torch.zeros(2, **DOUBLE),
+        "b": torch.tensor([tiny, 0.0], **DOUBLE),
+        "c": torch.zeros(2, dtype=torch.bfloat16),
+    }
+    rule = fmeta.clip_by_global_norm(1.0)
+    got, _ = rule.update({}, params, g, rule.init_hidden({}, params))
+    assert [x.dtype for x in got.values()] == [torch.float32, torch.float64, torch.float32]
+    assert got["b"][0].item() == pytest.approx(1.0, rel=1e-15)
+    got, _ = rule.update({}, params, {**g, "b": g["b"].float()}, rule.init_hidden({}, params))
+    assert got["b"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrap", ["plain", "chain", "partition"])
+def test_half_size_states_leave_master_copies_alone(wrap):
+    p = {"w": torch.ones(1, dtype=torch.bfloat16)}
+    masters = fmeta.master_weights(optimizers.adam(1e-3))
+    inner = {
+        "plain": masters,
+        "chain": fmeta.chain(fmeta.clip_by_global_norm(1.0), masters),
+        "partition": fmeta.partition({"all": masters}, lambda path, x: "all"),
+    }[wrap]
+    rule = fmeta.hidden_dtype(inner)
+    th, want = rule.init(), p
+    hidden, plain = rule.init_hidden(th, p), inner.init_hidden(th, p)
+    for _ in range(4):
+        p, hidden = rule.step(th, p, {"w": torch.ones(1, dtype=torch.bfloat16)}, hidden)
+        want, plain = inner.step(th, want, {"w": torch.ones(1, dtype=torch.bfloat16)}, plain)
+    assert p["w"].item() == want["w"].item() < 1
+    state = hidden.leaves["w"]["1"] if wrap == "chain" else hidden.leaves["w"]
+    assert state["master"].dtype == torch.float32
+    assert state["inner"]["m"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["partition", "masked"])
+def test_a_part_without_leaves_keeps_its_time_with_the_model(name):
+    timed = fmeta.scheduled(optimizers.sgd(0.1), lambda t, num_steps: 1.0)
+    rule = {
+        "partition": fmeta.partition(
+            {"all": optimizers.sgd(0.1), "none": timed}, lambda path, x: "all"
+        ),
+        "masked": fmeta.masked(timed, lambda path, x: False),
+    }[name]
+    params = trees.map(lambda x: x.to("meta"), PARAMS)
+    hidden = rule.init_hidden(rule.init(), params, num_steps=3)
+    found = trees.leaves(hidden.shared)
+    assert len(found) == 2
+    assert all(x.is_meta for x in found)
+    _, hidden = rule.step(rule.init(), params, params, hidden)
+    assert all(x.is_meta for x in trees.leaves(hidden.shared))
+
+
+def test_equal_parts_start_unequal():
+    parts = lambda: [optimizers.lstm(hidden_size=3) for _ in range(2)]
+    by_label = fmeta.partition(dict(zip("ab", parts(), strict=True)), lambda path, x: "a")
+    in_order = fmeta.chain(*parts())
+    generator = torch.Generator().manual_seed(0)
+    want = [optimizers.lstm(hidden_size=3).init(generator) for _ in range(2)]
+    before = torch.get_rng_state()
+    close(tuple(by_label.init().values()), tuple(want), 0)
+    close(in_order.init(), tuple(want), 0)
+    assert not torch.equal(want[0]["output.weight"], want[1]["output.weight"])
+    close(in_order.init(fold_in(1)), fmeta.chain(*parts()).init(fold_in(1)), 0)
+    assert torch.equal(torch.get_rng_state(), before)

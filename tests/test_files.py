@@ -121,3 +121,13 @@ def test_writing_below_a_missing_folder_names_it(tmp_path):
         FileNotFoundError, match=r"cannot write .*a\.txt: there is no folder .*none"
     ):
         _files.write_text(tmp_path / "none" / "a.txt", "x")
+
+
+def test_two_leaves_of_one_path_are_refused(tmp_path):
+    tree = {"a/b": torch.tensor(1.0), "a": {"b": torch.tensor(0.0)}}
+    with pytest.raises(ValueError, match=r"two leaves of the tree have the path a/b.*rename a key"):
+        _files.save_tree(tmp_path / "x.safetensors", tree)
+    assert names(tmp_path) == []
+    _files.save_tree(tmp_path / "x.safetensors", {"a": {"b": torch.tensor(0.0)}})
+    with pytest.raises(ValueError, match="two leaves of the tree have the path a/b"):
+        _files.load_tree(tmp_path / "x.safetensors", tree)

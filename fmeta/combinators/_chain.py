@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fmeta import random
 from fmeta.combinators._parts import merged, part, start
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
 
@@ -40,6 +41,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             )
 
     def init(generator: torch.Generator | None = None) -> Tree:
+        generator = random.own(generator)  # one for all: equal parts start unequal
         return tuple(o.init(generator) for o in optimizers)
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:

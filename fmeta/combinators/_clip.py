@@ -8,6 +8,7 @@ import torch
 
 from fmeta import trees
 from fmeta._numbers import check_number, nothing_to_learn
+from fmeta.combinators._parts import delta_dtype
 from fmeta.optimizer import Hidden, Optimizer, check_params
 
 __all__ = ["clip_by_global_norm"]
@@ -18,7 +19,8 @@ Tree = Any
 def clip_by_global_norm(max_norm: Any) -> Optimizer:
     """A transform for `chain`: scales all gradients down when their joint norm is too large.
 
-    ``g * min(1, max_norm / ||g||)`` with the norm over all leaves that have a gradient.
+    ``g * min(1, max_norm / ||g||)`` with the norm over all leaves that have a gradient, in the
+    compute dtype of each parameter; the squares are added up in the widest of these.
 
     Args:
         max_norm: positive number or scalar tensor.
@@ -37,11 +39,14 @@ def clip_by_global_norm(max_norm: Any) -> Optimizer:
     ) -> tuple[Tree, Hidden]:
         found = trees.match(model_params, grads, "the gradient")
         spec = trees.flatten(model_params)[1]
-        g = [None if x is None else x.to(trees.compute_dtype(x)) for x in found]
-        squares = [x.square().sum() for x in g if x is not None]
-        if not squares:
+        g = [
+            None if x is None else x.to(trees.compute_dtype(x if p is None else p))
+            for x, p in zip(found, trees.leaves(model_params), strict=True)
+        ]
+        if all(x is None for x in g):
             return grads, hidden
-        total = torch.stack([x.to(squares[0].dtype) for x in squares]).sum()
+        widest = delta_dtype(g)
+        total = torch.stack([x.to(widest).square().sum() for x in g if x is not None]).sum()
         # Where the norm is below the limit the factor is exactly 1 and its derivative 0; the inner
         # `where` keeps the derivative of the root finite for zero gradients.
         above = total > max_norm**2

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta import trees
-from fmeta.combinators._parts import check_entries, only, start, states_of
+from fmeta import random, trees
+from fmeta.combinators._parts import check_entries, only, start_some, states_of
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type, check_params
 
 __all__ = ["masked", "partition"]
@@ -56,6 +56,7 @@ def partition(
         return found
 
     def init(generator: torch.Generator | None = None) -> Tree:
+        generator = random.own(generator)  # one for all: equal parts start unequal
         return {k: o.init(generator) for k, o in optimizers.items()}
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
@@ -66,7 +67,7 @@ def partition(
         leaves: list[Any] = [{}] * len(where)
         shared = {}
         for k, o in optimizers.items():
-            own = start(o, opt_params[k], only(model_params, where, k), num_steps)
+            own = start_some(o, opt_params[k], model_params, where, k, num_steps)
             found = states_of(model_params, own)
             leaves = [f if w == k else x for x, f, w in zip(leaves, found, where, strict=True)]
             shared[k] = own.shared
@@ -140,8 +141,8 @@ def masked(optimizer: Optimizer, mask: Tree | Callable[[str, Tensor], bool]) -> 
         return [bool(m) for m in trees.flatten_up_to(spec, mask, model_params, "the mask")]
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
-        own = only(model_params, chosen(model_params), True)
-        return start(optimizer, opt_params, own, num_steps)
+        where = chosen(model_params)
+        return start_some(optimizer, opt_params, model_params, where, True, num_steps)
 
     def update(
         opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any

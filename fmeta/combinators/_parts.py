@@ -6,11 +6,21 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmeta import trees
 from fmeta.optimizer import Hidden, Optimizer, check_num_steps
 
-__all__ = ["check_entries", "delta_dtype", "merged", "only", "part", "start", "states_of"]
+__all__ = [
+    "check_entries",
+    "delta_dtype",
+    "merged",
+    "only",
+    "part",
+    "start",
+    "start_some",
+    "states_of",
+]
 
 Tree = Any
 
@@ -25,6 +35,23 @@ def start(optimizer: Optimizer, opt_params: Tree, model_params: Tree, num_steps:
             "be split by parameter: let init_hidden return fmeta.optimizer.Hidden(leaves, shared)"
         )
     return hidden
+
+
+def start_some(
+    optimizer: Optimizer,
+    opt_params: Tree,
+    model_params: Tree,
+    where: list[Any],
+    key: Any,
+    num_steps: Any,
+) -> Hidden:
+    """`start` for some of the leaves; without any, the shared state still goes to their device."""
+    hidden = start(optimizer, opt_params, only(model_params, where, key), num_steps)
+    device = next((p.device for p in trees.leaves(model_params) if p is not None), None)
+    if key in where or device is None:
+        return hidden
+    shared = trees.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, hidden.shared)
+    return Hidden(hidden.leaves, shared)
 
 
 def only(tree: Tree, where: list[Any], key: Any) -> Tree:

@@ -115,7 +115,7 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
     """Stores the floating hidden state of each parameter in another dtype between the steps.
 
     The arithmetic stays in the compute dtype; only what is kept is rounded. State of the whole
-    model (``hidden.shared``) and integers are kept as they are.
+    model (``hidden.shared``), integers and the copies of `master_weights` are kept as they are.
 
     Args:
         optimizer: any `Optimizer` with a `Hidden` state.
@@ -136,7 +136,7 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         hidden = start(optimizer, opt_params, model_params, num_steps)
-        return Hidden(trees.cast(hidden.leaves, dtype), hidden.shared)
+        return Hidden(_stored(model_params, hidden, dtype), hidden.shared)
 
     def widened(model_params: Tree, hidden: Hidden) -> Hidden:
         flat, spec = trees.flatten(model_params)
@@ -153,12 +153,25 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
         delta, new = optimizer.update(
             opt_params, model_params, grads, widened(model_params, hidden), **extra
         )
-        return delta, Hidden(trees.cast(new.leaves, dtype), new.shared)
+        return delta, Hidden(_stored(model_params, new, dtype), new.shared)
 
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
         return optimizer.eval_params(opt_params, model_params, widened(model_params, hidden))
 
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)
+
+
+def _stored(model_params: Tree, hidden: Hidden, dtype: torch.dtype) -> Tree:
+    """The states of all leaves as they are kept."""
+    spec = trees.flatten(model_params)[1]
+    return trees.unflatten(spec, [_rounded(s, dtype) for s in states_of(model_params, hidden)])
+
+
+def _rounded(state: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(state, dict):
+        return trees.cast(state, dtype)
+    copied = state.keys() == {"inner", "master"}  # rounding that copy is what it is to prevent
+    return {k: x if copied and k == "master" else _rounded(x, dtype) for k, x in state.items()}
 
 
 def _inner(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fmeta import _files, trees
@@ -68,7 +69,8 @@ def run(
 
     Args:
         estimator: gives ``(Estimate(loss, grads, metrics), state)``.
-        meta_params: what is learned, at its start; the caller's initialisation.
+        meta_params: what is learned, at its start; the caller's initialisation. The outer steps
+            are not recorded for differentiation, also where these require a gradient.
         outer: any `Optimizer`, hand-made or learned.
         num_steps: outer steps.
         seed: of the estimator's stream of tasks.
@@ -133,7 +135,7 @@ def resume(
     Args:
         checkpoint_folder: the folder given to `run`.
         estimator, meta_params, outer, num_steps, seed: as given to `run`; of ``meta_params`` only
-            the structure is used, the values come from the checkpoint.
+            structure and device are used, the values come from the checkpoint.
         **options: the further arguments of `run`.
 
     Raises:
@@ -170,6 +172,8 @@ class _Loop(NamedTuple):
     on_step: Callable[[dict[str, float]], None] | None = None
 
     def start(self, meta_params: Tree, seed: int) -> _State:
+        # Those that require a gradient would grow a graph from step to step.
+        meta_params = trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, meta_params)
         hidden = self.outer.init_hidden(self.outer_params, meta_params, num_steps=self.num_steps)
         state = self.estimator.init(meta_params, seed)
         return _State(meta_params, hidden, state, meta_params, math.inf, 0, 0, seed)
@@ -182,6 +186,7 @@ class _Loop(NamedTuple):
             raise ValueError("patience must be at least 1 and needs validate")
         if self.folder is not None:
             _files.writable_folder(self.folder)
+            _files.by_path(state)  # raises where it cannot be saved, before any work
         history: list[dict[str, float]] = []
         try:
             if state.step == 0 and math.isinf(state.best_value) and state.misses == 0:
@@ -204,7 +209,8 @@ class _Loop(NamedTuple):
 
     def advance(self, state: _State) -> tuple[_State, dict[str, float]]:
         estimate, estimator_state = self.estimator.estimate(state.meta_params, state.estimator)
-        squares = [float(g.double().square().sum()) for g in trees.leaves(estimate.grads)]
+        with torch.no_grad():  # what the estimator returned may carry a graph
+            squares = [float(g.double().square().sum()) for g in trees.leaves(estimate.grads)]
         norm, loss = math.sqrt(sum(squares)), float(estimate.loss)
         if not math.isfinite(norm) or not math.isfinite(loss):
             raise FloatingPointError(
@@ -212,13 +218,14 @@ class _Loop(NamedTuple):
                 f"{norm}: inner training diverged; shorten the horizon, lower the outer learning "
                 "rate, or clip (fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
             )
-        params, hidden = self.outer.step(
-            self.outer_params,
-            state.meta_params,
-            estimate.grads,
-            state.hidden,
-            loss=estimate.loss,
-        )
+        with torch.no_grad():
+            params, hidden = self.outer.step(
+                self.outer_params,
+                state.meta_params,
+                estimate.grads,
+                state.hidden,
+                loss=estimate.loss,
+            )
         metrics = {"step": float(state.step), "meta_loss": loss, "meta_grad_norm": norm}
         state = state._replace(
             meta_params=params, hidden=hidden, estimator=estimator_state, step=state.step + 1
@@ -240,21 +247,20 @@ class _Loop(NamedTuple):
     def save(self, state: _State) -> None:
         if self.folder is None:
             return
-        names, flat = trees.paths(state), trees.leaves(state)
-        numbers = {n: x for n, x in zip(names, flat, strict=True) if not isinstance(x, Tensor)}
-        tensors = {n: x for n, x in zip(names, flat, strict=True) if isinstance(x, Tensor)}
+        flat = _files.by_path(state)
+        numbers = {n: x for n, x in flat.items() if not isinstance(x, Tensor)}
+        tensors = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
         _files.save_tree(Path(self.folder) / _CHECKPOINT, tensors, {"numbers": json.dumps(numbers)})
 
 
 def _read(path: Path, like: _State) -> _State:
-    flat, spec = trees.flatten(like)
-    names = trees.paths(like)
+    spec, flat = trees.flatten(like)[1], _files.by_path(like)
     metadata = _files.read_metadata(path)
     if "numbers" not in metadata:
         raise ValueError(f"{path} is no checkpoint of fmeta.meta_train")
-    wanted = {n: x for n, x in zip(names, flat, strict=True) if isinstance(x, Tensor)}
+    wanted = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
     numbers, tensors = json.loads(metadata["numbers"]), _files.load_tree(path, wanted)
-    missing = [n for n in names if n not in numbers and n not in tensors]
+    missing = [n for n in flat if n not in numbers and n not in tensors]
     if missing:
         raise ValueError(f"{path} lacks {missing}: it is of another estimator or optimizer")
     if numbers["seed"] != like.seed:
@@ -263,8 +269,5 @@ def _read(path: Path, like: _State) -> _State:
         )
     return trees.unflatten(
         spec,
-        [
-            tensors[n] if isinstance(x, Tensor) else numbers[n]
-            for n, x in zip(names, flat, strict=True)
-        ],
+        [tensors[n].to(x.device) if isinstance(x, Tensor) else numbers[n] for n, x in flat.items()],
     )

@@ -647,3 +647,37 @@ def test_any_optimizer_can_stand_outside_a_hand_written_or_a_learned_one():
         num_steps=20,
     ).meta_params  # fmt: skip
     assert abs(float(steeper["w"])) < abs(float(want["w"]))
+
+
+def test_resumed_parameters_are_on_the_device_of_those_given(tmp_path):
+    outer = fmeta.optimizers.adam(0.05)
+    run(quadratic(), W, outer=outer, num_steps=3, checkpoint_folder=tmp_path)
+    elsewhere = fmeta.trees.map(lambda x: x.to("meta"), W)
+    result = resume(tmp_path, quadratic(), elsewhere, outer=outer, num_steps=3)
+    assert result.step == 3
+    assert result.meta_params["w"].is_meta
+
+
+def test_parameters_of_one_path_are_refused_before_any_work(tmp_path):
+    calls = []
+    two = {"a/b": torch.zeros(()), "a": {"b": torch.zeros(())}, **W}
+    with pytest.raises(ValueError, match=r"two leaves of the tree have the path .*a/b"):
+        run(quadratic(calls), two, outer=SGD, num_steps=3, checkpoint_folder=tmp_path)
+    assert not calls
+
+
+def test_outer_steps_record_no_graph():
+    start = {"w": torch.tensor(3.0, requires_grad=True)}
+    scale = torch.tensor(1.0, requires_grad=True)
+    plain = quadratic()
+
+    def estimate(meta_params, state):
+        got, state = plain.estimate(meta_params, state)
+        return got._replace(grads={"w": scale * got.grads["w"]}), state
+
+    outer = fmeta.optimizers.sgd(0.05, momentum=0.9)
+    want = run(plain, W, outer=outer, num_steps=3).meta_params["w"]
+    for estimator in (plain, Estimator(plain.init, estimate)):
+        got = run(estimator, start, outer=outer, num_steps=3).meta_params["w"]
+        assert not got.requires_grad
+        assert torch.equal(got, want)
