@@ -85,7 +85,7 @@ def coordinatewise(
 
         if not p.numel():  # vmap needs at least one coordinate to learn the state's shape
             like = torch.vmap(one)(p.new_zeros(1))
-            return trees.map(lambda x: x[:0], like)
+            return trees.map(lambda x: x.narrow(0, 0, 0), like)
         return torch.vmap(one)(p)
 
     def update_coordinates(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], **extra: Any) -> Any:
@@ -136,7 +136,7 @@ def lift_coordinates(
             state = start(trees.cast(opt_params, dtype), p.to(dtype).reshape(-1), **extra)
             state = settled(state, dtype, p.device)
             states.append(
-                trees.map(lambda x, p=p: x.reshape((*p.shape, *x.shape[1:])).contiguous(), state)
+                trees.map(lambda x, p=p: _packed(x.reshape((*p.shape, *x.shape[1:]))), state)
             )
         return Hidden(trees.unflatten(spec, states), {})
 
@@ -152,7 +152,7 @@ def lift_coordinates(
         check_needs(needs, loss, extras)
         extra = {"loss": loss, "extras": extras} if needs else {}
         at = Leaves(model_params, grads, hidden)
-        at.check_shapes()
+        at.check_shapes(scalars=False)
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -201,14 +201,18 @@ def _chunked(
     size = count if size is None else size
     deltas, states, new_spec = [], [], spec
     for start in range(0, count, size):
-        part = slice(start, start + size)
-        delta, state = update(theta, p[part], g[part], trees.unflatten(spec, [x[part] for x in h]))
+        own = [x.narrow(0, start, min(size, count - start)) for x in (p, g, *h)]
+        delta, state = update(theta, own[0], own[1], trees.unflatten(spec, own[2:]))
         leaves, new_spec = trees.flatten(state)
         deltas.append(delta)
         states.append(leaves)
     if len(deltas) == 1:
         return deltas[0], states[0], new_spec
     return torch.cat(deltas), [torch.cat(c) for c in zip(*states, strict=True)], new_spec
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _side_by_side(tensors: list[Tensor], state_ndim: int) -> Tensor:
@@ -251,7 +255,7 @@ class _NetRule:
         buffers = trees.cast(moved(self.buffers, p.device), p.dtype)
         x = self.features(p, g)
         if self.sizes is None:
-            return self.apply(th, buffers, x)[..., 0], h
+            return self.apply(th, buffers, x).select(-1, 0), h
         result = self.apply(th, buffers, x, h["state"])
         if not self.cell:
             if not isinstance(result, tuple) or len(result) != 2:
@@ -264,4 +268,4 @@ class _NetRule:
             out, state = result[0], result
         else:
             out, state = result, result
-        return out[..., 0], {"state": state}
+        return out.select(-1, 0), {"state": state}

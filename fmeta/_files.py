@@ -144,6 +144,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file atomically, through a temporary one beside it."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; make it")
     # Not mkstemp: its files are readable by their owner only, and the name would keep that.

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params
+from fmeta.optimizer import (
+    Hidden,
+    Optimizer,
+    check_grads,
+    check_needs,
+    check_num_steps,
+    check_params,
+)
 
 __all__ = ["Leaves", "lift", "per_leaf"]
 
@@ -50,7 +57,7 @@ class Leaves:
             )
         check_params(model_params)
         self.params, self.spec = trees.flatten(model_params)
-        self.grads = trees.match(model_params, grads, "the gradient")
+        self.grads = check_grads(model_params, grads)
         self.states = trees.flatten_up_to(
             self.spec, hidden.leaves, model_params, "the hidden state"
         )
@@ -95,15 +102,15 @@ class Leaves:
             ],
         )
 
-    def check_shapes(self) -> None:
+    def check_shapes(self, *, scalars: bool = True) -> None:
         """Raises unless every state has the shape of its parameter, up to further axes at the end.
 
-        Scalars (counts) are fine.
+        Scalars (counts) are fine where ``scalars``.
         """
         for i in self.active:
             shape = self.params[i].shape
             for k, x in self.states[i].items():
-                if not isinstance(x, Tensor) or x.shape == shape or not x.ndim:
+                if not isinstance(x, Tensor) or x.shape == shape or (scalars and not x.ndim):
                     continue
                 if x.shape[: len(shape)] != shape:
                     raise ValueError(

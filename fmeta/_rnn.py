@@ -96,7 +96,7 @@ def _run(net: RNNBase, step: Step, x: Tensor, state: State) -> tuple[Tensor, Sta
             projection = getattr(net, "weight_hr_" + suffix) if net.proj_size else None
             # The input's part needs no recurrence: one product for all time steps.
             gates = F.linear(x, weight_ih, bias_ih).unbind(0)
-            now = tuple(s[layer * directions + direction] for s in state)
+            now = tuple(s.select(0, layer * directions + direction) for s in state)
             ys = []
             for g in reversed(gates) if direction else gates:
                 now = step(g, now, weight_hh, bias_hh, projection)

@@ -236,6 +236,8 @@ def _check_schedule(checkpoint: Any) -> None:
 
 def loop_length(xs: Tree, length: int | None = None) -> int:
     """The common leading dimension T of all tensors of ``xs``, or a ValueError with the path."""
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise TypeError(f"length must be an integer, got {length!r}")
     sizes = {}
     for path, x in zip(trees.paths(xs), trees.leaves(xs), strict=True):
         if not isinstance(x, Tensor):

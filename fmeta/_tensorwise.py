@@ -119,7 +119,7 @@ class _NetRule:
         h = self.accumulate(p, g, h)
         buffers = trees.cast(moved(self.buffers, p.device), p.dtype)
         out = self.apply(th, buffers, self.features(p, g, h))
-        return out[..., 0], h
+        return out.select(-1, 0), h
 
 
 def fresh(init: Callable[..., Tree]) -> Callable[..., Tree]:

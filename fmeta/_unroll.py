@@ -15,6 +15,7 @@ from fmeta.optimizer import (
     Optimizer,
     apply_updates,
     check_needs,
+    check_num_steps,
     check_optimizer_type,
     check_params,
 )
@@ -219,6 +220,7 @@ def unroll(
         raise ValueError("batches holds no tensor: for data-free losses give torch.zeros(T)")
     total = loop_length(xs)
     check_needs(optimizer.needs - {"loss"}, None, extras)
+    check_num_steps(frozenset(), num_steps)
     if hidden is None:
         hidden = optimizer.init_hidden(
             opt_params, model_params, num_steps=total if num_steps is None else num_steps

@@ -158,11 +158,11 @@ def _show(console: Any, results: dict[str, Any]) -> None:
 
     table = Table(
         "optimizer",
-        "final training loss",
-        "final held-out loss",
-        "learned minus this one (held-out, 95 %)",
-        "diverged seeds",
-        title="fresh seeds; mean of the last tenth of the steps",
+        "training",
+        "held out",
+        "learned - this [95 %]",
+        title="final losses (mean of the last tenth of the steps, fresh seeds)",
+        caption="learned - this: paired difference of held-out losses over the seeds",
     )
     paired = results["held_out_loss_minus"]
     for name, row in results["table"].items():
@@ -172,6 +172,8 @@ def _show(console: Any, results: dict[str, Any]) -> None:
             f"{row['final_train_loss']:.4f}",
             f"{row['final_held_out_loss']:.4f}",
             f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else "",
-            str(row["diverged_seeds"]),
         )
     console.print(table)
+    for name, row in results["table"].items():
+        if row["diverged_seeds"]:
+            console.print(f"{name}: {row['diverged_seeds']} seeds diverged", highlight=False)

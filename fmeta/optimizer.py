@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -85,7 +85,7 @@ class Optimizer(NamedTuple):
         """
         check_needs(self.needs, loss, extras)
         check_params(model_params)
-        found = trees.match(model_params, grads, "the gradient")
+        found = check_grads(model_params, grads)
         if not isinstance(hidden, Hidden) and any(g is None for g in found):
             raise ValueError(
                 f"there is no gradient (None) at path {trees.paths(grads)[found.index(None)]}, and "
@@ -143,8 +143,11 @@ def optimizer_from_step(
     step_keywords = _accepted(step, ("loss", "extras"))
     hidden_keywords = _accepted(init_hidden, ("num_steps",))
 
+    needs = as_needs(needs)
+
     def start(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Tree:
         check_params(model_params)
+        check_num_steps(needs, num_steps)
         return init_hidden(
             opt_params, model_params, **({"num_steps": num_steps} if hidden_keywords else {})
         )
@@ -167,7 +170,7 @@ def optimizer_from_step(
         delta = [_subtract(a, b) for a, b in zip(after, flat, strict=True)]
         return trees.unflatten(spec, delta), hidden
 
-    return Optimizer(lambda generator=None: init(own(generator)), start, update, frozenset(needs))
+    return Optimizer(lambda generator=None: init(own(generator)), start, update, needs)
 
 
 def check_optimizer_type(value: Any, what: str) -> None:
@@ -181,6 +184,25 @@ def check_optimizer_type(value: Any, what: str) -> None:
     else:
         cure = "build one with fmeta.optimizers, or make one with fmeta.optimizer_from_step"
     raise TypeError(f"{what} must be an fmeta.Optimizer, got {type(value).__name__}: {cure}")
+
+
+def as_needs(needs: Iterable[str]) -> frozenset[str]:
+    """The names as a frozenset; a single string would be taken for its letters."""
+    if isinstance(needs, str):
+        raise TypeError(f"needs must be a set of names, got a string: give {{{needs!r}}}")
+    return frozenset(needs)
+
+
+def check_grads(model_params: Tree, grads: Tree) -> list[Any]:
+    """Leaves of the gradient tree, matched with the parameters and of floating dtype."""
+    found = trees.match(model_params, grads, "the gradient")
+    for i, g in enumerate(found):
+        if g is not None and not g.is_floating_point():
+            raise TypeError(
+                f"the gradient at path {trees.paths(grads)[i]} is {g.dtype}, not a floating "
+                "tensor: cast it, or give None where there is no gradient"
+            )
+    return found
 
 
 def check_params(model_params: Tree, *, allow_none: bool = True) -> None:
@@ -222,7 +244,15 @@ def check_needs(
 
 
 def check_num_steps(needs: frozenset[str], num_steps: Any) -> None:
-    """Raises a ValueError when the horizon is needed and was not given."""
+    """Raises a ValueError when the horizon is no such number, or needed and not given."""
+    whole = isinstance(num_steps, int) and not isinstance(num_steps, bool)
+    if num_steps is not None and not isinstance(num_steps, Tensor) and (not whole or num_steps < 1):
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
+    if isinstance(num_steps, Tensor) and num_steps.ndim:
+        raise ValueError(
+            f"num_steps must be a scalar, got a tensor of shape {tuple(num_steps.shape)}: for one "
+            "horizon a task use vmap"
+        )
     if "num_steps" in needs and num_steps is None:
         raise ValueError(
             "this optimizer needs num_steps, the number of steps it will be run for: call "

@@ -47,4 +47,9 @@ def fold_in(seed: int, *ints: int) -> torch.Generator:
 
 def own(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or a new one seeded 0: `init` without one is deterministic."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"init takes a torch.Generator or None, got {generator!r}: for a seed give "
+            "fmeta.random.fold_in(seed)"
+        )
     return torch.Generator().manual_seed(0) if generator is None else generator

@@ -98,8 +98,8 @@ def flatten_up_to(spec: Any, tree: Tree, like: Tree, what: str) -> list[Any]:
     """
     try:
         return spec.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(_explain(like, tree, what, str(error))) from None
+    except ValueError:
+        raise ValueError(_explain(like, tree, what)) from None
 
 
 def match(like: Tree, tree: Tree, what: str, *, allow_none: bool = True) -> list[Any]:
@@ -226,12 +226,15 @@ def _describe(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _explain(like: Tree, tree: Tree, what: str, error: str) -> str:
+def _explain(like: Tree, tree: Tree, what: str) -> str:
     want, got = set(paths(like)), set(paths(tree))
     # A deeper tree is fine below a leaf (a dict of states at each parameter).
     missing = sorted(w for w in want if not any(g == w or g.startswith(w + "/") for g in got))
     extra = sorted(g for g in got if not any(g == w or g.startswith(w + "/") for w in want))
     parts = [f"path {p} is missing" for p in missing[:3]]
     parts += [f"path {p} is not in the parameters" for p in extra[:3]]
-    detail = "; ".join(parts) or error
+    detail = "; ".join(parts) or (
+        f"its containers are of other types ({type(tree).__name__} for {type(like).__name__}, or "
+        "deeper down: list, tuple and dict are not interchangeable)"
+    )
     return f"{what} is not shaped like the parameters: {detail}"

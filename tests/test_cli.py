@@ -206,3 +206,10 @@ def test_first_order_and_checkpoint_reach_the_run(tmp_path, finished):
     exact, first = (metrics(f)[0] for f in (finished, tmp_path))
     assert exact["meta_loss"] == pytest.approx(first["meta_loss"], rel=1e-5)
     assert exact["meta_grad_norm"] != pytest.approx(first["meta_grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--patience", "--validate-every", "--threads"])
+def test_a_number_that_cannot_be_meant_leaves_no_folder_behind(tmp_path, capsys, option):
+    assert train(tmp_path / "runs", option, "0") == 1
+    assert "must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

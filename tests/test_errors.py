@@ -205,7 +205,7 @@ FOREIGN = {
     "adam's state in lstm": (
         lambda: step(optimizers.lstm(), hidden=started("adam")),
         ValueError,
-        "looked for 'h' and did not find it.*holds m, v, count",
+        r"hidden state's 'count' at path b has shape \(\), but.*\(3,\): it is the state of other",
     ),
     "adam's state in normalized_mlp": (
         lambda: step(optimizers.normalized_mlp(), hidden=started("adam")),
@@ -434,6 +434,108 @@ UNROLL = {
         "unknown optimizer 'zzz': there are sgd, rmsprop",
     ),
 }
+HORIZON = fmeta.optimizer_from_step(
+    lambda g: {}, lambda th, p, num_steps: {}, lambda th, p, g, h: (p, h), needs={"num_steps"}
+)
+LOSSY = fmeta.optimizer_from_step(
+    lambda g: {}, lambda th, p: {}, lambda th, p, g, h, loss: (p, h), needs={"loss"}
+)
+NEEDS = {
+    "from_step without its horizon": (
+        lambda: HORIZON.init_hidden({}, PARAMS),
+        ValueError,
+        "needs num_steps",
+    ),
+    "weight decay of a rule without its horizon": (
+        lambda: fmeta.with_weight_decay(HORIZON, 0.1).init_hidden({}, PARAMS),
+        ValueError,
+        "needs num_steps",
+    ),
+    "a transform without its horizon": (
+        lambda: fmeta.to_transform(HORIZON, {}).init(PARAMS),
+        ValueError,
+        "needs num_steps",
+    ),
+    "a transform without its loss": (
+        lambda: fmeta.to_transform(LOSSY, {}).update(PARAMS, {}, PARAMS),
+        ValueError,
+        "needs the loss",
+    ),
+    "a schedule without the horizon": (
+        lambda: step(fmeta.scheduled(ADAM, lambda t, n: 1 - t / n)),
+        ValueError,
+        r"the schedule failed.*num_steps",
+    ),
+    "a schedule that says what it needs": (
+        lambda: fmeta.scheduled(ADAM, lambda t, n: t / n, needs={"num_steps"}).init_hidden(
+            {}, PARAMS
+        ),
+        ValueError,
+        "needs num_steps",
+    ),
+    "a string": (
+        lambda: fmeta.optimizer_from_step(
+            lambda g: {}, lambda th, p: {}, lambda th, p, g, h: (p, h), needs="loss"
+        ),
+        TypeError,
+        r"got a string: give \{'loss'\}",
+    ),
+    "a constant for a schedule": (
+        lambda: fmeta.scheduled(ADAM, 0.5),
+        TypeError,
+        "must be a function of",
+    ),
+}
+NUMBERS = {
+    **{
+        f"num_steps {n}": (
+            lambda n=n: unroll(num_steps=n),
+            ValueError,
+            "num_steps must be a positive integer",
+        )
+        for n in (0, -3, 2.5, True)
+    },
+    "a vector of horizons": (
+        lambda: unroll(num_steps=torch.tensor([5, 6])),
+        ValueError,
+        r"num_steps must be a scalar, got a tensor of shape \(2,\).*vmap",
+    ),
+    "a fractional length": (
+        lambda: fmeta.scan(lambda c, x: (c, ()), torch.ones(()), None, length=2.5),
+        TypeError,
+        "length must be an integer, got 2.5",
+    ),
+    "a seed for a generator": (
+        lambda: optimizers.lstm().init(3),
+        TypeError,
+        r"torch.Generator or None, got 3.*fold_in",
+    ),
+    "an integer gradient": (
+        lambda: step(ADAM, grads={**PARAMS, "b": torch.ones(3, dtype=torch.int64)}),
+        TypeError,
+        "the gradient at path b is torch.int64",
+    ),
+    "a complex gradient": (
+        lambda: step(ADAM, grads={**PARAMS, "b": torch.ones(3, dtype=torch.complex64)}),
+        TypeError,
+        "the gradient at path b is torch.complex64",
+    ),
+    "a list of parts": (
+        lambda: fmeta.partition([ADAM], lambda path, p: "a"),
+        TypeError,
+        "partition takes a dict of optimizers by label, got a list",
+    ),
+    "a list for a tuple": (
+        lambda: step(ADAM, params=(PARAMS["b"],), grads=[PARAMS["b"]]),
+        ValueError,
+        "its containers are of other types",
+    ),
+    "weights into a folder": (
+        lambda: fmeta.pretrained.save(".", "linear", optimizers.linear().init()),
+        IsADirectoryError,
+        "is a folder: give the name of a file in it",
+    ),
+}
 CASES = {
     f"{group}: {name}": case
     for group, cases in {
@@ -442,6 +544,8 @@ CASES = {
         "devices": DEVICES,
         "foreign": FOREIGN,
         "unroll": UNROLL,
+        "needs": NEEDS,
+        "numbers": NUMBERS,
     }.items()
     for name, case in cases.items()
 }

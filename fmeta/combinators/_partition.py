@@ -36,6 +36,10 @@ def partition(
     Raises:
         ValueError: (in `init_hidden` and `update`) for a label without optimizer, with the path.
     """
+    if not isinstance(optimizers, Mapping):
+        raise TypeError(
+            f"partition takes a dict of optimizers by label, got a {type(optimizers).__name__}"
+        )
     if not optimizers:
         raise ValueError("partition needs at least one optimizer")
     for label, o in optimizers.items():

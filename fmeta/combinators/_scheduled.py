@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.combinators._parts import check_entries, delta_dtype, start
-from fmeta.optimizer import Hidden, Optimizer, check_num_steps, check_optimizer_type
+from fmeta.optimizer import Hidden, Optimizer, as_needs, check_num_steps, check_optimizer_type
 
 __all__ = ["scheduled"]
 
@@ -42,7 +42,7 @@ def scheduled(
             f"schedule must be a function of (t, num_steps), got {schedule!r}: for a constant "
             "factor give lambda t, num_steps: factor"
         )
-    all_needs = optimizer.needs | frozenset(needs)
+    all_needs = optimizer.needs | as_needs(needs)
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(all_needs, num_steps)
@@ -61,7 +61,15 @@ def scheduled(
         delta, own = optimizer.update(opt_params, model_params, grads, own, **extra)
         dtype = delta_dtype(delta)
         t, horizon = hidden.shared["t"], hidden.shared.get("num_steps")
-        factor = schedule(t.to(dtype), None if horizon is None else horizon.to(dtype))
+        try:
+            factor = schedule(t.to(dtype), None if horizon is None else horizon.to(dtype))
+        except TypeError as error:
+            if horizon is not None:
+                raise
+            raise ValueError(
+                f"the schedule failed ({error}), and there is no num_steps: if it reads it, call "
+                'init_hidden(..., num_steps=...), and say scheduled(..., needs={"num_steps"})'
+            ) from error
         delta = trees.map(lambda d: None if d is None else d * _as(factor, d), delta)
         return delta, Hidden(own.leaves, {**hidden.shared, "t": t + 1, "inner": own.shared})
 

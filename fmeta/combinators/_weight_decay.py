@@ -7,7 +7,7 @@ from typing import Any
 from fmeta import trees
 from fmeta._lift import per_leaf
 from fmeta._numbers import check_numbers
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer, check_num_steps, check_optimizer_type
 
 __all__ = ["with_weight_decay"]
 
@@ -42,4 +42,8 @@ def with_weight_decay(optimizer: Optimizer, rate: Any) -> Optimizer:
             ],
         ), hidden
 
-    return optimizer._replace(update=update)
+    def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Tree:
+        check_num_steps(optimizer.needs, num_steps)
+        return optimizer.init_hidden(opt_params, model_params, num_steps=num_steps)
+
+    return optimizer._replace(init_hidden=init_hidden, update=update)

@@ -29,8 +29,8 @@ class TrainConfig:
     """Tasks that one meta-gradient averages over."""
     horizon: int = 100
     """Inner steps of one task in meta-training."""
-    eval_steps: int = 200
-    """Inner steps of the final comparison (twice the horizon by default)."""
+    eval_steps: int = 100
+    """Inner steps of the final comparison (by default as many as the horizon)."""
     eval_seeds: int = 10
     """Fresh initialisations in the final comparison."""
     width: int = 32
@@ -67,6 +67,7 @@ class TrainConfig:
             "width",
             "batch_size",
             "threads",
+            "validate_every",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
@@ -77,6 +78,8 @@ class TrainConfig:
         for field in ("outer_lr", "max_grad_norm"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
         self.unroll_options()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmeta import _files, combinators, evaluate, optimizers, plot, pretrained
 from fmeta.estimators import full
@@ -116,7 +118,8 @@ def _meta_train(
         **options,
     )
     outer = combinators.chain(
-        combinators.clip_by_global_norm(config.max_grad_norm), optimizers.adam(config.outer_lr)
+        combinators.clip_by_global_norm(config.max_grad_norm),
+        combinators.scheduled(optimizers.adam(config.outer_lr), _cosine, needs={"num_steps"}),
     )
     watch = full(
         rule, family, num_tasks=config.num_tasks, horizon=config.horizon, eval_split="validation"
@@ -150,6 +153,12 @@ def _meta_train(
     if config.resume and (folder / "checkpoint" / "state.safetensors").exists():
         return _loop.resume(folder / "checkpoint", estimator, start, **arguments)
     return _loop.run(estimator, start, checkpoint_folder=folder / "checkpoint", **arguments)
+
+
+def _cosine(t: Tensor, num_steps: Tensor | None) -> Tensor:
+    """From 1 to 0; the last steps settle what the first ones found."""
+    assert num_steps is not None  # `needs` asks for it
+    return 0.5 * (1 + torch.cos(math.pi * t / num_steps))
 
 
 def _results(curves: dict[str, evaluate.Curves], result: _loop.Result) -> dict[str, Any]:

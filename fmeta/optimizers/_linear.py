@@ -39,7 +39,7 @@ def linear(lr: float = 1e-2) -> Optimizer:
     def update(
         th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        w = th["weight"][0]
-        return w[0] * g + w[1] * p, h
+        by_gradient, by_parameter = th["weight"].reshape(2).unbind(0)
+        return by_gradient * g + by_parameter * p, h
 
     return lift(init, lambda th, p: {}, update, elementwise=True)

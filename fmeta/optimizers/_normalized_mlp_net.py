@@ -54,7 +54,7 @@ def direction(
     if p.ndim < 2:
         new["v"] = stacked_ema(h["v"], square, DECAYS)
         x = _features(p, g, new, clamped_rsqrt(new["v"] + 1e-9).movedim(-1, 0), None)
-        w, bias = th["w0"][:15].mT, th["b0"].reshape(8, *(1,) * p.ndim)
+        w, bias = th["w0"].narrow(0, 0, 15).mT, th["b0"].reshape(8, *(1,) * p.ndim)
     else:
         axes = factored_axes(p.shape)
         new |= _second_moments(h, square.mean(axes[1]), square.mean(axes[0]))
@@ -206,13 +206,18 @@ def _factored(
     both = state["row"], state["col"]
     parts = zip(both, factors(*both, axes), axes[::-1], (15, 18), strict=True)
     for second, its_factor, axis, i in parts:
-        factor.append(its_factor.movedim(-1, 0).contiguous().unsqueeze(axis + 1))
+        factor.append(_packed(its_factor.movedim(-1, 0)).unsqueeze(axis + 1))
         x = second.movedim(-1, 0).unsqueeze(axis + 1)
         x = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), (-2, -1))
-        w = torch.cat([w0[i : i + 3], w0[i + 6 : i + 9]])
+        w = torch.cat([w0.narrow(0, i, 3), w0.narrow(0, i + 6, 3)])
         bias.append((w.mT @ x.flatten(1)).reshape(8, *x.shape[1:]))
     b0 = th["b0"].reshape(8, *(1,) * (bias[0].ndim - 1))
     return factor[0], factor[1], bias[0] + b0, bias[1]
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A contiguous copy (`.contiguous` itself asks for the library of the tensor's device)."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _scale(squares: Tensor, p: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ def _scale(squares: Tensor, p: Tensor) -> Tensor:
 
 def _main_columns(th: Tree) -> Tensor:
     """The first layer's weights of `_features`, ``(8, 18)``."""
-    return torch.cat([th["w0"][:15], th["w0"][27:]]).mT
+    return torch.cat([th["w0"].narrow(0, 0, 15), th["w0"].narrow(0, 27, 3)]).mT
 
 
 def _scaled(w: Tensor, x: Tensor, scale: Tensor, own: bool = False) -> tuple[Tensor, Tensor]:
@@ -240,7 +245,8 @@ def _scaled(w: Tensor, x: Tensor, scale: Tensor, own: bool = False) -> tuple[Ten
 
 def _layers(th: Tree) -> tuple[Tensor, ...]:
     """The layers after the first, feature first, the last with the direction alone."""
-    return (th["w1"].mT, th["b1"].unsqueeze(1), th["w2"][:, 0].contiguous(), th["b2"][0])
+    last, bias = _packed(th["w2"].select(1, 0)), th["b2"].select(0, 0)
+    return (th["w1"].mT, th["b1"].unsqueeze(1), last, bias)
 
 
 def _network(

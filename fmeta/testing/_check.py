@@ -102,7 +102,7 @@ def check_optimizer(
             f"the hidden state is a {type(hidden).__name__}: the optimizer may be for flat dicts "
             "only; give param_trees=fmeta.testing.built_in_trees() to try every kind of node"
         )
-    for name, law in LAWS.items():
+    for name, law in sorted(LAWS.items(), key=_order):
         own: dict[str, Any] = dict(setup)
         if name == "permutation_equivariant":
             own["equivariance"] = equivariance
@@ -117,6 +117,15 @@ def check_optimizer(
         else:
             held[name] = _run(name, optimizer, param_trees, own)
     return Report(held, not_run)
+
+
+# What breaks one of these breaks others too, with a message further from the cause.
+_FIRST = ("inputs_unchanged", "deterministic", "kinds_kept")
+
+
+def _order(item: tuple[str, Any]) -> tuple[int, bool]:
+    name, law = item
+    return (_FIRST.index(name) if name in _FIRST else len(_FIRST), law.once)
 
 
 def _run(

@@ -167,3 +167,26 @@ except ImportError as error:
     assert "pip install 'fmeta[test]'" in result.stdout
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = fmeta.testing.nonsense
+
+
+def test_the_cause_is_named_before_its_consequences():
+    def in_place(th, p, g, h, *, loss=None, extras=None):
+        h["m"]["b"].mul_(0.9).add_(1.0)
+        return {k: -h["m"]["b"].sum() * g[k] for k in p}, h
+
+    edits = fmeta.Optimizer(
+        lambda generator=None: {},
+        lambda th, p, *, num_steps=None: {"m": {"b": torch.zeros_like(p["b"])}},
+        in_place,
+    )
+    with pytest.raises(
+        AssertionError, match="law inputs_unchanged: update changed its argument hidden"
+    ):
+        check_optimizer(edits)
+    draws = fmeta.Optimizer(
+        lambda generator=None: {},
+        lambda th, p, *, num_steps=None: {},
+        lambda th, p, g, h, **k: ({n: torch.randn_like(x) * g[n] for n, x in p.items()}, h),
+    )
+    with pytest.raises(AssertionError, match="law deterministic"):
+        check_optimizer(draws)
