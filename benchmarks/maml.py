@@ -15,6 +15,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -208,6 +209,9 @@ def with_torchopt_vmap(problem: Problem) -> Callable[[], Gradient]:
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the peers'
     options = _timing.arguments(__doc__)
+    missing = [name for name in ("higher", "torchopt") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"the peers are not installed: python -m pip install {' '.join(missing)}")
     torch.set_num_threads(1)
     num_tasks = 4 if options.quick else 32
     rounds = {"sinusoid": 3 if options.quick else 21, "cnn": 1 if options.quick else 5}
