@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
-from fmeta._lift import RULE_ERRORS, Leaves, check_state, settled
+from fmeta._leaves import RULE_ERRORS, Leaves, check_state, settled
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.functional import functionalize, moved
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params

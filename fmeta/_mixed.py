@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fmeta import _autodiff, trees
-from fmeta._remat import _filled, _Remat
+from fmeta._remat import _filled, _Remat, pulled_back
 
 __all__ = ["mixed_grad_and_value"]
 
@@ -72,20 +72,10 @@ class _MixedGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        args = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        wrt = tuple(
-            i
-            for i, (x, need) in enumerate(zip(args, needed, strict=True))
-            if need and _autodiff.is_differentiable(x)
-        )
-        given = tuple(i for i, c in enumerate(cotangents) if c is not None)
-        grads: list[Tensor | None] = [None] * len(args)
-        if wrt and given:
-            pull = functools.partial(_pull, ctx.fn, ctx.n, wrt, given, len(args))
-            found = _Remat.apply(pull, *args, *[c for c in cotangents if c is not None])
-            for i, g in zip(wrt, found, strict=True):
-                grads[i] = g
+        def pull(*which: Any) -> Any:
+            return functools.partial(_pull, ctx.fn, ctx.n, *which)
+
+        grads = pulled_back(ctx.saved_tensors, ctx.needs_input_grad[2:], cotangents, pull)
         return (None, None, *grads)
 
     @staticmethod

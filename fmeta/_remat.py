@@ -78,20 +78,10 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        args = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        wrt = tuple(
-            i
-            for i, (x, n) in enumerate(zip(args, needed, strict=True))
-            if n and _autodiff.is_differentiable(x)
-        )
-        out = tuple(i for i, c in enumerate(cotangents) if c is not None)
-        grads: list[Tensor | None] = [None] * len(args)
-        if wrt and out:
-            pull = functools.partial(_vjp, ctx.fn, wrt, out, len(args))
-            given = [c for c in cotangents if c is not None]
-            for i, g in zip(wrt, _Remat.apply(pull, *args, *given), strict=True):
-                grads[i] = g
+        def pull(*which: Any) -> FlatFn:
+            return functools.partial(_vjp, ctx.fn, *which)
+
+        grads = pulled_back(ctx.saved_tensors, ctx.needs_input_grad[1:], cotangents, pull)
         return (None, *grads)
 
     @staticmethod
@@ -108,6 +98,32 @@ class _Remat(torch.autograd.Function):
         batched = functools.partial(_vmap, fn, tuple(in_dims[1:]), info.randomness)
         out = _Remat.apply(batched, *args)
         return out, (0,) * len(out)
+
+
+def pulled_back(
+    args: tuple[Tensor, ...],
+    needed: tuple[bool, ...],
+    cotangents: tuple[Tensor | None, ...],
+    pull: Callable[..., FlatFn],
+) -> list[Tensor | None]:
+    """Gradients of ``args`` where they are needed, themselves recomputed when differentiated.
+
+    Args:
+        args: the saved inputs.
+        needed: which of them need a gradient.
+        cotangents: of the outputs, ``None`` where there is none.
+        pull: ``pull(wrt, out, len(args)) -> fn(*args, *given cotangents) -> gradients of wrt``.
+    """
+    flags = zip(args, needed, strict=True)
+    wrt = tuple(i for i, (x, n) in enumerate(flags) if n and _autodiff.is_differentiable(x))
+    out = tuple(i for i, c in enumerate(cotangents) if c is not None)
+    grads: list[Tensor | None] = [None] * len(args)
+    if wrt and out:
+        given = [c for c in cotangents if c is not None]
+        found = _Remat.apply(pull(wrt, out, len(args)), *args, *given)
+        for i, g in zip(wrt, found, strict=True):
+            grads[i] = g
+    return grads
 
 
 def _vjp(

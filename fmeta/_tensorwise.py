@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
-from fmeta._lift import check_state, lift
+from fmeta._leaves import check_state
+from fmeta._lift import lift
 from fmeta.functional import functionalize, moved
 from fmeta.optimizer import Optimizer
 from fmeta.random import own

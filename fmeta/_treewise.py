@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._lift import Leaves, lift
+from fmeta._leaves import Leaves
+from fmeta._lift import lift
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fmeta import trees
-from fmeta._lift import per_leaf
+from fmeta._leaves import per_leaf
 from fmeta._numbers import check_numbers
 from fmeta.optimizer import Optimizer, check_num_steps, check_optimizer_type
 

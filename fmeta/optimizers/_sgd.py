@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._lift import lift, per_leaf
+from fmeta._leaves import per_leaf
+from fmeta._lift import lift
 from fmeta.optimizer import Optimizer, check_params
 from fmeta.optimizers._common import check_numbers, nothing_to_learn
 
