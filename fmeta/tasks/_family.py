@@ -62,7 +62,8 @@ def sample_task(
     Args:
         family: where it comes from.
         steps: number of batches T.
-        seed, *ints: what the draw is for (run seed, outer step, task index).
+        seed: of the run.
+        *ints: what the draw is for (outer step, task index).
         split: which images (or points) the batches are from; each split has a stream of its own.
     """
     config = family.sample(fold_in(seed, *ints, _CONFIG))
@@ -76,7 +77,9 @@ def sample_batches(
     """The batches alone of a task whose config is drawn already, those of another split say.
 
     Args:
-        family, steps, seed, *ints, split: as in `sample_task`.
+        family, steps, split: as in `sample_task`.
+        seed: first of the integers of the draw.
+        *ints: the others.
         config: the task's config.
 
     Returns:
