@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
-from fmeta._leaves import RULE_ERRORS, Leaves, check_state, settled
+from fmeta._leaves import RULE_ERRORS, Leaves, check_first_state, check_state, settled
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.functional import functionalize, moved
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params
@@ -81,7 +81,7 @@ def coordinatewise(
 
     def start_coordinates(th: Tree, p: Tensor, **extra: Any) -> dict[str, Any]:
         def one(x: Tensor) -> dict[str, Any]:
-            return check_state(start(th, x, **extra), "init_hidden")
+            return check_first_state(start(th, x, **extra))
 
         if not p.numel():  # vmap needs at least one coordinate to learn the state's shape
             like = torch.vmap(one)(p.new_zeros(1))
@@ -174,7 +174,10 @@ def lift_coordinates(
                     partial(update, **extra), theta, p, g, h, spec, chunk_size
                 )
             except RULE_ERRORS as error:
-                raise at.explained(error, init, opt_params) from error
+                better = at.explained(error, init, opt_params)
+                if better is error:
+                    raise
+                raise better from error
             shapes = [at.params[i].shape for i in group]
             parts = _apart(change, shapes)
             state_parts = [_apart(x, shapes) for x in new]

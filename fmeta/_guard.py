@@ -25,18 +25,6 @@ __all__ = ["refuse_changing_numbers", "refuse_closures_and_noise"]
 
 _functorch = torch._C._functorch
 
-# Reading these is not using a tensor's values ("__get__" is any property, such as .shape).
-_METADATA = {"__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point"}
-_METADATA |= {
-    "is_inference",
-    "is_complex",
-    "__len__",
-    "element_size",
-    "get_device",
-    "untyped_storage",
-}
-
-
 _NOISE = (
     "the function draws random numbers (dropout?), and recomputing it would draw others: draw the "
     "noise outside and pass it in as data (a part of the batch), put the module into eval mode, or "

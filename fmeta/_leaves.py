@@ -11,7 +11,15 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.optimizer import Hidden, check_grads, check_params
 
-__all__ = ["RULE_ERRORS", "Leaves", "check_state", "per_leaf", "settled", "start_leaves"]
+__all__ = [
+    "RULE_ERRORS",
+    "Leaves",
+    "check_first_state",
+    "check_state",
+    "per_leaf",
+    "settled",
+    "start_leaves",
+]
 
 Tree = Any
 
@@ -169,20 +177,25 @@ def start_leaves(
             continue
         dtype = trees.compute_dtype(param)
         state = init_leaf(trees.cast(opt_params, dtype), param.to(dtype))
-        states.append(settled(check_state(state, "init_hidden"), dtype, param.device))
+        states.append(settled(check_first_state(state), dtype, param.device))
     return trees.unflatten(spec, states)
 
 
 def settled(state: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """A rule's first state, in the compute dtype and on the parameter's device."""
-    return trees.map(
-        lambda x: (
-            x.to(device, dtype if x.is_floating_point() else x.dtype)
-            if isinstance(x, Tensor)
-            else x
-        ),
-        state,
-    )
+    return trees.map(lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), state)
+
+
+def check_first_state(state: Any) -> dict[str, Any]:
+    """Raises a TypeError unless what a rule's ``init_hidden`` gave is a dict of tensors."""
+    check_state(state, "init_hidden")
+    for path, x in zip(trees.paths(state), trees.leaves(state), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"the rule's init_hidden gives hidden[{path!r}] = {x!r}: a hidden state holds "
+                "tensors only (a count is torch.zeros((), dtype=torch.int64))"
+            )
+    return state
 
 
 def check_state(state: Any, where: str) -> dict[str, Any]:

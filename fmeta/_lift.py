@@ -112,7 +112,10 @@ def lift(
                     results = _vmap_group(update_leaf, theta, rows, extra)
             except RULE_ERRORS as error:
                 started = functools.partial(_started, init_leaf, theta, at.pair(group[0])[0])
-                raise at.explained(error, init, opt_params, started) from error
+                better = at.explained(error, init, opt_params, started)
+                if better is error:
+                    raise
+                raise better from error
             for i, (d, s) in zip(group, results, strict=True):
                 delta[i], states[i] = d, s
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)

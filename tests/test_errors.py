@@ -486,7 +486,45 @@ NEEDS = {
         "must be a function of",
     ),
 }
+
+
+class Counting:
+    """A rule whose state holds a Python number."""
+
+    def init(self, generator):
+        return {}
+
+    def init_hidden(self, th, p):
+        return {"count": 0}
+
+    def update(self, th, p, g, h):
+        return -g, h
+
+
+class Failing(Counting):
+    def init_hidden(self, th, p):
+        return {}
+
+    def update(self, th, p, g, h):
+        raise RuntimeError("its own")
+
+
+@pytest.mark.parametrize("lift", [fmeta.tensorwise, fmeta.coordinatewise])
+def test_an_error_of_the_rule_itself_is_passed_on_as_it_is(lift):
+    with pytest.raises(RuntimeError, match="its own") as caught:
+        step(lift(Failing()))
+    assert caught.value.__cause__ is None
+
+
 NUMBERS = {
+    **{
+        f"a Python number in the state of a rule under {lift.__name__}": (
+            lambda lift=lift: lift(Counting()).init_hidden({}, PARAMS),
+            TypeError,
+            r"init_hidden gives hidden\['count'\] = 0: .*tensors only",
+        )
+        for lift in (fmeta.tensorwise, fmeta.coordinatewise)
+    },
     **{
         f"num_steps {n}": (
             lambda n=n: unroll(num_steps=n),

@@ -50,7 +50,7 @@ class TrainConfig:
     patience: int | None = 5
     """Stop after this many validations without a new best; None: never."""
     threads: int = 1
-    """Threads of torch; on these small models two are slower than one."""
+    """Threads of torch; on these small models two take as long as one, and more CPU time."""
     resume: bool = False
     """Go on from OUT/NAME/checkpoint."""
     smoke: bool = False
