@@ -9,6 +9,7 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adam import adam, adamw
 from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lstm import lstm
+from fmeta.optimizers._muon import muon
 from fmeta.optimizers._normalized_mlp import normalized_mlp
 from fmeta.optimizers._rmsprop import rmsprop
 from fmeta.optimizers._sgd import per_parameter_sgd, sgd
@@ -20,6 +21,7 @@ __all__ = [
     "get",
     "linear",
     "lstm",
+    "muon",
     "normalized_mlp",
     "per_parameter_sgd",
     "rmsprop",
@@ -30,7 +32,7 @@ __all__ = [
 # be called without arguments.
 BUILDERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f
-    for f in (sgd, rmsprop, adam, adamw, per_parameter_sgd, linear, lstm, normalized_mlp)
+    for f in (sgd, rmsprop, adam, adamw, muon, per_parameter_sgd, linear, lstm, normalized_mlp)
 }
 
 

@@ -20,7 +20,7 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"normalized_mlp"}
+AXES = {"muon", "normalized_mlp"}
 OF_A_TREE = {"per_parameter_sgd"}
 
 RULES = {
