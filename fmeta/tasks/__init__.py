@@ -9,12 +9,15 @@ from fmeta.tasks._family import (
     sample_task,
     stack_tasks,
 )
+from fmeta.tasks._mixture import Mixture, mixture
 
 __all__ = [
+    "Mixture",
     "Task",
     "TaskFamily",
     "digits",
     "loss_of_task",
+    "mixture",
     "sample_batches",
     "sample_task",
     "stack_tasks",

@@ -1,97 +1,124 @@
-"""Classification of scikit-learn's 8x8 digits: real data that ships inside a package."""
+"""Tasks on scikit-learn's 8x8 digits: real data that ships inside a package."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmeta.random import fold_in
+from fmeta.tasks._cnn import cnn
+from fmeta.tasks._digits_data import VERSIONS, images, online_images, online_pick, pick
 from fmeta.tasks._family import TaskFamily
+from fmeta.tasks._mlp import mlp
+from fmeta.tasks._networks import Network
+from fmeta.tasks._transformer import transformer
 
 __all__ = ["digits"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-}
-_SIZES = {"train": 1200, "validation": 297, "test": 300}
+_MODELS = ("mlp", "cnn", "autoencoder", "transformer")
 
 
 def digits(
-    widths: tuple[int, ...] = (32,), activation: str = "relu", batch_size: int = 128
+    widths: tuple[int, ...] = (32,),
+    activation: str = "relu",
+    batch_size: int = 128,
+    model: str = "mlp",
+    online: bool = False,
 ) -> TaskFamily:
-    """Fully connected classifiers of the 1,797 digits (64 grey values each, 10 classes).
+    """Networks on the 1,797 digits (64 grey values each, 10 classes).
 
     The images are split once and for all into 1,200 to train on, 297 to validate and 300 to test.
     Tasks differ by initialisation and batches; a batch is a tensor of image indices.
 
+    With ``online`` every image is rotated (by up to 20 degrees), shifted (by up to a pixel) and
+    given Gaussian noise (standard deviation 0.3; all pixels together have 1) each time that it is
+    drawn, in every split, so that training loss estimates generalisation. 64 versions of each
+    image are made once a process (29 MB); a batch holds, for each of its images, the row of a
+    version and the place in a bank of noise where its own begins: (batch_size, 2). An autoencoder
+    is to find the version without the noise.
+
     Args:
-        widths: hidden layer widths of the classifier, 64-...-10.
+        widths: of the hidden layers. ``"mlp"``: 64-...-10; ``"cnn"``: channels of 3x3 convolutions
+            of stride 2, then a linear layer; ``"autoencoder"``: 64-...-64 with the widths and
+            then their mirror image (the last one stands once); ``"transformer"``: a block each,
+            all of one even width, on the 8 rows of the image as tokens.
         activation: ``"relu"``, ``"tanh"`` or ``"gelu"``.
         batch_size: images in a batch, drawn with replacement from the split.
+        model: what is trained: by cross-entropy, but an autoencoder by mean squared error.
+        online: whether every batch is freshly transformed.
 
     Returns:
-        A `TaskFamily` with ``model_params = {"w0": (64, width), "b0": (width,), ...}``.
+        A `TaskFamily` with a flat dict of parameters, ``{"w0": (64, width), "b0": (width,), ...}``
+        for the first, and the metric ``accuracy`` for classifiers.
 
     Raises:
-        ValueError: for an unknown activation, or a width or batch size below 1.
+        ValueError: for an unknown activation or model, a width or batch size below 1, or widths
+            that the model cannot have.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: there are {', '.join(_ACTIVATIONS)}")
-    for name, value in (
-        *((f"widths[{i}]", w) for i, w in enumerate(widths)),
-        ("batch_size", batch_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    act = _ACTIVATIONS[activation]
-    sizes = (64, *widths, 10)
-    layers = len(sizes) - 1
-    data, rows = _load()
+    network = _network(model, widths, activation)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    classifies = model != "autoencoder"
+    draw = online_pick if online else pick
 
     def sample(generator: torch.Generator) -> dict[str, Tensor]:
         return {}
 
     def init(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        params = {}
-        for i in range(layers):
-            bound = 1 / math.sqrt(sizes[i])
-            w = torch.rand(sizes[i], sizes[i + 1], generator=generator)
-            params[f"w{i}"] = (2 * w - 1) * math.sqrt(3) * bound
-            params[f"b{i}"] = torch.zeros(sizes[i + 1])
-        return params
+        return network.init(generator)
 
     def batches(
         config: Any, generator: torch.Generator, steps: int, split: str = "train"
     ) -> Tensor:
-        if split not in rows:
-            raise ValueError(f"unknown split {split!r}: there are {', '.join(rows)}")
-        pick = torch.randint(len(rows[split]), (steps, batch_size), generator=generator)
-        return rows[split][pick]
+        return draw(generator, split, steps, batch_size)
+
+    def outputs(
+        data: dict[str, Tensor], params: dict[str, Tensor], batch: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the network gives for the batch, and what it should give."""
+        row = batch[..., 0] if online else batch
+        clean = noisy = F.embedding(row, data["x"])
+        if online:
+            noise = data["noise"].unfold(0, 64, 1)  # a view: what begins at each place
+            noisy = clean + noise[batch[..., 1]]
+        dtype = next(iter(params.values())).dtype
+        out = network.apply(params, noisy.to(dtype))
+        if not classifies:
+            return out, clean.to(dtype)
+        return out, data["y"][row // VERSIONS if online else row]
 
     def loss(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> Tensor:
-        x = data["x"][batch]
-        for i in range(layers):
-            x = x @ params[f"w{i}"] + params[f"b{i}"]
-            if i < layers - 1:
-                x = act(x)
-        return F.cross_entropy(x, data["y"][batch])
+        out, want = outputs(data, params, batch)
+        return F.cross_entropy(out, want) if classifies else F.mse_loss(out, want)
 
-    return TaskFamily(data, sample, init, batches, loss)
+    def metrics(
+        data: Any, config: Any, params: dict[str, Tensor], batch: Tensor
+    ) -> dict[str, Tensor]:
+        out, want = outputs(data, params, batch)
+        return {"accuracy": (out.argmax(-1) == want).to(out.dtype).mean()}
+
+    data = online_images() if online else images()
+    return TaskFamily(data, sample, init, batches, loss, metrics if classifies else None)
 
 
-def _load() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
-
-    bunch = load_digits()
-    x = torch.tensor(bunch.data, dtype=torch.float32) / 16
-    data = {"x": (x - x.mean()) / x.std(), "y": torch.tensor(bunch.target)}
-    order = torch.randperm(len(x), generator=fold_in(1797))
-    parts = order.split(list(_SIZES.values()))
-    return data, dict(zip(_SIZES, parts, strict=True))
+def _network(model: str, widths: tuple[int, ...], activation: str) -> Network:
+    if model not in _MODELS:
+        raise ValueError(f"unknown model {model!r}: there are {', '.join(_MODELS)}")
+    for i, width in enumerate(widths):
+        if width < 1:
+            raise ValueError(f"widths[{i}] must be at least 1, got {width}")
+    if not widths and model != "mlp":
+        raise ValueError(f"widths is empty: a {model!r} needs at least one")
+    if model == "mlp":
+        return mlp((64, *widths, 10), activation)
+    if model == "autoencoder":
+        return mlp((64, *widths, *widths[-2::-1], 64), activation)
+    if model == "cnn":
+        return cnn(8, widths, 10, activation)
+    if widths[0] % 2 or len(set(widths)) > 1:
+        raise ValueError(
+            f"the blocks of a 'transformer' have one even width, as (32, 32), got {widths}"
+        )
+    return transformer(8, 8, widths[0], len(widths), 10, activation)

@@ -33,6 +33,8 @@ class TaskFamily(NamedTuple):
         batches: ``batches(config, generator, steps, split="train") -> batches``, tree of tensors
             with leading dimension ``steps``; small: indices, or noise, that ``loss`` works out.
         loss: ``loss(data, config, model_params, batch) -> scalar``.
+        metrics: ``metrics(data, config, model_params, batch) -> {name: scalar}``: what to tell
+            beside the loss, ``accuracy`` say; None: nothing.
     """
 
     data: Any
@@ -40,6 +42,7 @@ class TaskFamily(NamedTuple):
     init: Callable[..., Any]
     batches: Callable[..., Any]
     loss: Callable[..., Tensor]
+    metrics: Callable[..., dict[str, Tensor]] | None = None
 
 
 class Task(NamedTuple):

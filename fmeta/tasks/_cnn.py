@@ -1,0 +1,61 @@
+"""Convolutional networks of square images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmeta.tasks._networks import Network, activation_named, affine, uniform
+
+__all__ = ["cnn"]
+
+
+def cnn(side: int, channels: Sequence[int], outputs: int, activation: str) -> Network:
+    """3x3 convolutions of stride 2 (padding 1), then a linear layer on all that is left.
+
+    Parameters ``conv0.w: (channels[0], 1, 3, 3)``, ``conv0.b``, ...,
+    ``head.w: (remaining side**2 * channels[-1], outputs)``, ``head.b``.
+    """
+    act = activation_named(activation)
+    widths = (1, *channels)
+    last = side
+    for _ in channels:
+        last = (last + 1) // 2
+    features = last * last * widths[-1]
+
+    def init(generator: torch.Generator) -> dict[str, Tensor]:
+        params = {}
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            shape = (after, before, 3, 3)
+            params[f"conv{i}.w"] = uniform(generator, *shape, fan_in=9 * before)
+            params[f"conv{i}.b"] = torch.zeros(after)
+        params["head.w"] = uniform(generator, features, outputs, fan_in=features)
+        params["head.b"] = torch.zeros(outputs)
+        return params
+
+    def apply(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        x = x.reshape(-1, side, side, 1)
+        for i in range(len(channels)):
+            x = act(_conv(x, params[f"conv{i}.w"]) + params[f"conv{i}.b"])
+        return affine(params, "head", x.flatten(1))
+
+    return Network(init, apply)
+
+
+def _conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolution of ``x``: (batch, side, side, channels) by one matrix product.
+
+    Kernels that differ by task make a batched convolution a grouped one, which on a CPU is no
+    faster than one after another; a matrix product of patches is.
+    """
+    n, side, half = x.shape[0], x.shape[1], (x.shape[1] + 1) // 2
+    x = F.pad(x, (0, 0, 1, 1, 1, 1))
+    # By slices, for `Tensor.unfold` has no batched backward.
+    corners = [(i, j) for i in range(3) for j in range(3)]
+    patches = torch.cat([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners], -1)
+    matrix = kernel.permute(2, 3, 1, 0).flatten(0, 2)
+    return (patches.reshape(n * half * half, -1) @ matrix).reshape(n, half, half, -1)

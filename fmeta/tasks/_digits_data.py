@@ -1,0 +1,89 @@
+"""scikit-learn's 8x8 digits as tensors, as they are and freshly transformed; drawn batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmeta.random import fold_in
+
+__all__ = ["VERSIONS", "images", "online_images", "online_pick", "pick", "split_rows"]
+
+VERSIONS = 64  # transformed versions of each image
+_ROTATION, _SHIFT, _NOISE = math.radians(20), 1.0, 0.3  # limits in radians and pixels; std
+_OFFSETS = 2**16  # places in the bank of noise where an image's noise may begin
+_SIZES = {"train": 1200, "validation": 297, "test": 300}
+
+
+@functools.cache
+def images() -> dict[str, Tensor]:
+    """``x``: (1797, 64), of mean 0 and variance 1 over all pixels; ``y``: (1797,)."""
+    grey, labels = _load()
+    return {"x": _normalized(grey), "y": labels}
+
+
+@functools.cache
+def online_images() -> dict[str, Tensor]:
+    """``x``: (1797 * VERSIONS, 64), versions of an image side by side; ``y``: (1797,); ``noise``.
+
+    Every version has a rotation and a shift of its own, interpolated bilinearly. ``noise``:
+    (OFFSETS + 63,), of which any 64 neighbours are the noise of an image.
+    """
+    grey, labels = _load()
+    generator = fold_in(1797, 1)
+    angle, right, down = (
+        torch.rand(3, len(grey) * VERSIONS, generator=generator) * 2 - 1
+    ) * torch.tensor([_ROTATION, _SHIFT, _SHIFT])[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    pixel = 2 / 8  # in the units of the grid, -1 to 1
+    to_source = torch.stack(
+        [torch.stack([cos, -sin, right * pixel], -1), torch.stack([sin, cos, down * pixel], -1)], 1
+    )
+    source = grey.reshape(-1, 1, 8, 8).repeat_interleave(VERSIONS, 0)
+    grid = F.affine_grid(to_source, list(source.shape), align_corners=False)
+    moved = F.grid_sample(source, grid, align_corners=False).flatten(1)
+    noise = _NOISE * torch.randn(_OFFSETS + 63, generator=fold_in(1797, 2))
+    return {"x": _normalized(moved), "y": labels, "noise": noise}
+
+
+def split_rows(split: str) -> Tensor:
+    """Which images are in a split."""
+    if split not in _SIZES:
+        raise ValueError(f"unknown split {split!r}: there are {', '.join(_SIZES)}")
+    return _splits()[split]
+
+
+def pick(generator: torch.Generator, split: str, *shape: int) -> Tensor:
+    """Images of a split, with replacement: int64 of this shape."""
+    rows = split_rows(split)
+    return rows[torch.randint(len(rows), shape, generator=generator)]
+
+
+def online_pick(generator: torch.Generator, split: str, *shape: int) -> Tensor:
+    """As `pick`, of shape (*shape, 2): the row of a version in ``x``, where its noise begins."""
+    row = pick(generator, split, *shape) * VERSIONS
+    row = row + torch.randint(VERSIONS, shape, generator=generator)
+    return torch.stack([row, torch.randint(_OFFSETS, shape, generator=generator)], -1)
+
+
+@functools.cache
+def _splits() -> dict[str, Tensor]:
+    order = torch.randperm(sum(_SIZES.values()), generator=fold_in(1797))
+    return dict(zip(_SIZES, order.split(list(_SIZES.values())), strict=True))
+
+
+@functools.cache
+def _load() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    bunch = load_digits()
+    return torch.tensor(bunch.data, dtype=torch.float32) / 16, torch.tensor(bunch.target)
+
+
+def _normalized(grey: Tensor) -> Tensor:
+    plain = _load()[0]
+    return (grey - plain.mean()) / plain.std()
