@@ -12,7 +12,7 @@ from fmeta.tasks._cnn import cnn
 from fmeta.tasks._digits_data import VERSIONS, images, online_images, online_pick, pick
 from fmeta.tasks._family import TaskFamily
 from fmeta.tasks._mlp import mlp
-from fmeta.tasks._networks import Network
+from fmeta.tasks._networks import Network, cross_entropy
 from fmeta.tasks._transformer import transformer
 
 __all__ = ["digits"]
@@ -82,7 +82,7 @@ def digits(
         clean = noisy = F.embedding(row, data["x"])
         if online:
             noise = data["noise"].unfold(0, 64, 1)  # a view: what begins at each place
-            noisy = clean + noise[batch[..., 1]]
+            noisy = clean + F.embedding(batch[..., 1], noise)
         dtype = next(iter(params.values())).dtype
         out = network.apply(params, noisy.to(dtype))
         if not classifies:
@@ -91,7 +91,7 @@ def digits(
 
     def loss(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> Tensor:
         out, want = outputs(data, params, batch)
-        return F.cross_entropy(out, want) if classifies else F.mse_loss(out, want)
+        return cross_entropy(out, want) if classifies else F.mse_loss(out, want)
 
     def metrics(
         data: Any, config: Any, params: dict[str, Tensor], batch: Tensor

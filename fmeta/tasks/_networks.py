@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Network", "activation_named", "affine", "uniform"]
+__all__ = ["ACTIVATIONS", "Network", "activation_named", "affine", "cross_entropy", "uniform"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -45,5 +45,16 @@ def uniform(generator: torch.Generator, *shape: int, fan_in: int) -> Tensor:
 
 
 def affine(params: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """``x @ w + b`` with the weights of this name."""
-    return x @ params[f"{name}.w"] + params[f"{name}.b"]
+    """``x @ w + b`` with the weights of this name; ``x``: (..., inputs)."""
+    # One matrix, for under vmap a product of more dimensions becomes many small ones.
+    out = x.flatten(0, -2) @ params[f"{name}.w"] + params[f"{name}.b"]
+    return out.unflatten(0, x.shape[:-1])
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over a batch, ``logits``: (batch, classes); `torch.nn.functional.cross_entropy`.
+
+    Classes are few, and torch's kernels are several times faster where they are not the last
+    dimension.
+    """
+    return -logits.T.contiguous().log_softmax(0).gather(0, labels[None]).mean()
