@@ -2,5 +2,6 @@
 
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.estimators._full import full
+from fmeta.estimators._pes import pes
 
-__all__ = ["Estimate", "Estimator", "full"]
+__all__ = ["Estimate", "Estimator", "full", "pes"]
