@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from fmeta import trees
 __all__ = [
     "by_path",
     "load_tree",
+    "naming",
+    "read_json",
     "read_metadata",
+    "remove_leftovers",
     "save_tree",
     "writable_folder",
     "write_bytes",
@@ -38,8 +42,9 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-"):
-            pass
+        probe = _temporary(folder / "probe")
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         raise OSError(
             f"cannot write into the folder {folder}: {error.strerror or error}; choose another one"
@@ -55,6 +60,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not JSON (with the line).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not a whole JSON file ({error})") from None
 
 
 def save_tree(
@@ -142,20 +162,55 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file atomically, through a temporary one beside it."""
+    """Writes a file atomically, through a temporary one beside it.
+
+    Raises:
+        OSError: naming the file and the reason (a full disk, say); the old file is as it was.
+    """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; make it")
-    # Not mkstemp: its files are readable by their owner only, and the name would keep that.
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary(path)
+    with naming(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from inside says which file cannot be written, and why."""
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        named = OSError(
+            f"cannot write {path}: {error.strerror or error}; what was written before is unharmed"
+        )
+        named.errno = error.errno
+        raise named from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote into the folder.
+
+    Only for who holds the folder alone: another process may be writing.
+    """
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}\.tmp")
+
+
+def _temporary(path: Path) -> Path:
+    # Not mkstemp: its files are readable by their owner only, and the name would keep that.
+    return path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")

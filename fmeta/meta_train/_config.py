@@ -49,10 +49,18 @@ class TrainConfig:
     """Outer steps between validations on tasks of their own."""
     patience: int | None = 5
     """Stop after this many validations without a new best; None: never."""
+    averaging: float | None = None
+    """Average the weights over the outer steps after this fraction of them; None: do not."""
+    max_skipped: int = 10
+    """Outer steps in a row of which all tasks diverge, after which the run gives up."""
+    save_every: int = 10
+    """Outer steps between checkpoints."""
+    tensorboard: bool = False
+    """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
     threads: int = 1
     """Threads of torch; on these small models two take as long as one, and more CPU time."""
     resume: bool = False
-    """Go on from OUT/NAME/checkpoint."""
+    """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False
     """A few seconds instead of a minute: proves that everything runs, the result is no good."""
 
@@ -68,6 +76,8 @@ class TrainConfig:
             "batch_size",
             "threads",
             "validate_every",
+            "max_skipped",
+            "save_every",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
@@ -80,7 +90,9 @@ class TrainConfig:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
-        if not self.name or "/" in self.name:
+        if self.averaging is not None and not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging must be in [0, 1) or None, got {self.averaging}")
+        if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
         self.unroll_options()
         if not self.smoke:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta import _files, combinators, evaluate, optimizers, plot, pretrained
+from fmeta import combinators, evaluate, optimizers, plot
 from fmeta.estimators import full
-from fmeta.meta_train import _loop
 from fmeta.meta_train._config import TrainConfig
+from fmeta.meta_train._job import Recipe, run_job
+from fmeta.meta_train._loop import OnStep, Result
 from fmeta.tasks import TaskFamily, digits
 
 __all__ = ["train_on_digits"]
@@ -29,7 +28,7 @@ _VALIDATION, _TUNING, _COMPARISON = 1_000_003, 1_000_033, 1_000_037
 def train_on_digits(
     config: TrainConfig,
     *,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the main job and writes ``weights.safetensors``, ``config.json``, ``metrics.jsonl``,
@@ -44,30 +43,65 @@ def train_on_digits(
         What ``results.json`` holds.
 
     Raises:
-        ValueError: a configuration that cannot be meant, or a rule with nothing to learn.
+        ValueError: a configuration that cannot be meant, a rule with nothing to learn, or a run to
+            resume that is of another configuration or damaged.
         FileExistsError: the run's folder holds another run.
+        FileNotFoundError: it holds none, and one is to be resumed.
+        BlockingIOError: another process is running in it.
         OSError: an unwritable folder, before any work.
     """
-    config = config.checked()
-    say = on_phase or (lambda text: None)
-    folder = Path(config.out) / config.name
-    if (folder / "config.json").exists() and not config.resume:
-        raise FileExistsError(
-            f"{folder} holds a run already: choose another --name, delete it, or add --resume"
-        )
-    _files.writable_folder(folder)
-    stored = {k: v for k, v in dataclasses.asdict(config).items() if k != "resume"}
-    if config.resume:
-        _check_same(folder, stored)
-    _files.write_json(folder / "config.json", stored)
+    return run_job(config.checked(), digits_recipe, on_step=on_step, on_phase=on_phase)
 
+
+def digits_recipe(config: TrainConfig) -> Recipe:
+    """Digits classifiers of one width; exact meta-gradients on validation images."""
     rule = config.build_rule()
     start = rule.init(torch.Generator().manual_seed(config.seed))
     family = digits((config.width,), batch_size=config.batch_size)
-    say(f"meta-training {config.rule}: {config.num_steps} outer steps")
-    result = _meta_train(config, rule, start, family, folder, on_step)
-    pretrained.save(folder / "weights.safetensors", config.rule, result.meta_params)
+    sizes: dict[str, Any] = {"num_tasks": config.num_tasks, "horizon": config.horizon}
+    estimator = full(rule, family, eval_split="validation", **sizes, **config.unroll_options())
+    watch = full(rule, family, eval_split="validation", **sizes)
 
+    def validate(meta_params: Any) -> Any:
+        # The same tasks each time: a new best is a better rule, not an easier draw.
+        state = watch.init(meta_params, config.seed + _VALIDATION)
+        return watch.estimate(meta_params, state)[0].loss
+
+    options = {
+        "outer": combinators.chain(
+            combinators.clip_by_global_norm(config.max_grad_norm),
+            combinators.scheduled(optimizers.adam(config.outer_lr), _cosine, needs={"num_steps"}),
+        ),
+        "num_steps": config.num_steps,
+        "seed": config.seed,
+        "averaging": config.averaging,
+        "validate": validate,
+        "validate_every": config.validate_every,
+        "patience": config.patience,
+        "max_skipped": config.max_skipped,
+        "checkpoint_every": config.save_every,
+        "tensorboard": _tensorboard(config),
+    }
+
+    def compare(result: Result, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        return _compare(config, rule, start, family, result, folder, say)
+
+    return Recipe(config.rule, {}, estimator, start, options, compare)
+
+
+def _tensorboard(config: TrainConfig) -> Path | None:
+    return Path(config.out) / config.name / "tensorboard" if config.tensorboard else None
+
+
+def _compare(
+    config: TrainConfig,
+    rule: Any,
+    start: Any,
+    family: TaskFamily,
+    result: Result,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     say("tuning the baselines on validation images")
     lengths: dict[str, Any] = {"num_steps": config.eval_steps, "num_seeds": config.eval_seeds}
     rates = {
@@ -86,8 +120,7 @@ def train_on_digits(
         seed=config.seed + _COMPARISON,
         **lengths,
     )
-    results = _results(curves, result)
-    _files.write_json(folder / "results.json", results)
+    say("drawing curves.png")
     plot.curves(
         folder / "curves.png",
         {
@@ -97,62 +130,7 @@ def train_on_digits(
         title=f"Digits, MLP 64-{config.width}-10: a learned optimizer beside tuned ones",
         mark=(config.horizon, "horizon of meta-training"),
     )
-    return results
-
-
-def _meta_train(
-    config: TrainConfig,
-    rule: Any,
-    start: Any,
-    family: TaskFamily,
-    folder: Path,
-    on_step: Callable[[dict[str, float]], None] | None,
-) -> _loop.Result:
-    options = config.unroll_options()
-    estimator = full(
-        rule,
-        family,
-        num_tasks=config.num_tasks,
-        horizon=config.horizon,
-        eval_split="validation",
-        **options,
-    )
-    outer = combinators.chain(
-        combinators.clip_by_global_norm(config.max_grad_norm),
-        combinators.scheduled(optimizers.adam(config.outer_lr), _cosine, needs={"num_steps"}),
-    )
-    watch = full(
-        rule, family, num_tasks=config.num_tasks, horizon=config.horizon, eval_split="validation"
-    )
-
-    def validate(meta_params: Any) -> Any:
-        # The same tasks each time: a new best is a better rule, not an easier draw.
-        return watch.estimate(meta_params, watch.init(meta_params, config.seed + _VALIDATION))[
-            0
-        ].loss
-
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if config.resume and log.exists() else []
-    rows = {int(json.loads(line)["step"]): line for line in lines}
-
-    def record(metrics: dict[str, float]) -> None:
-        rows[int(metrics["step"])] = json.dumps(metrics)
-        _files.write_text(log, "\n".join(rows[k] for k in sorted(rows)) + "\n")
-        if on_step is not None:
-            on_step(metrics)
-
-    arguments: dict[str, Any] = {
-        "outer": outer,
-        "num_steps": config.num_steps,
-        "seed": config.seed,
-        "validate": validate,
-        "validate_every": config.validate_every,
-        "patience": config.patience,
-        "on_step": record,
-    }
-    if config.resume and (folder / "checkpoint" / "state.safetensors").exists():
-        return _loop.resume(folder / "checkpoint", estimator, start, **arguments)
-    return _loop.run(estimator, start, checkpoint_folder=folder / "checkpoint", **arguments)
+    return _results(curves, result)
 
 
 def _cosine(t: Tensor, num_steps: Tensor | None) -> Tensor:
@@ -161,7 +139,7 @@ def _cosine(t: Tensor, num_steps: Tensor | None) -> Tensor:
     return 0.5 * (1 + torch.cos(math.pi * t / num_steps))
 
 
-def _results(curves: dict[str, evaluate.Curves], result: _loop.Result) -> dict[str, Any]:
+def _results(curves: dict[str, evaluate.Curves], result: Result) -> dict[str, Any]:
     learned, *others = curves
     table = {
         name: {
@@ -185,16 +163,3 @@ def _results(curves: dict[str, evaluate.Curves], result: _loop.Result) -> dict[s
         "table": table,
         "held_out_loss_minus": paired,
     }
-
-
-def _check_same(folder: Path, stored: dict[str, Any]) -> None:
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run to resume in {folder}")
-    before = json.loads(path.read_text())
-    changed = [k for k in stored if before.get(k) != stored[k]]
-    if changed:
-        raise ValueError(
-            f"the run in {folder} was started with other settings ({', '.join(changed)}): resume "
-            "with the same ones, or start a run of another --name"
-        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,40 +13,36 @@ import torch
 from torch import Tensor
 
 from fmeta import _files, trees
-from fmeta.estimators import Estimator
+from fmeta.estimators import Estimate, Estimator
+from fmeta.meta_train import _averaging, _checkpoint
+from fmeta.meta_train._diverged import diverged_tasks
+from fmeta.meta_train._lock import locked
+from fmeta.meta_train._log import StepLog, summary_writer
 from fmeta.optimizer import Optimizer, check_optimizer_type
 
 __all__ = ["Result", "resume", "run"]
 
 Tree = Any
-_CHECKPOINT = "state.safetensors"
+OnStep = Callable[[dict[str, Any]], None]
 
 
 class Result(NamedTuple):
     """What meta-training gives.
 
     Attributes:
-        meta_params: the best by validation, or the last without validation.
-        step: outer steps made.
-        history: one dict of numbers for each outer step made in this call.
+        meta_params: the best by validation, or the last, as `run` was told; with averaging, of the
+            averages.
+        step: outer steps made, skipped ones included.
+        history: the metrics of each outer step made in this call.
         stopped_early: whether validation stopped improving before the last step.
+        skipped: outer steps whose estimate was not finite, and that changed nothing.
     """
 
     meta_params: Any
     step: int
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     stopped_early: bool
-
-
-class _State(NamedTuple):
-    meta_params: Any
-    hidden: Any
-    estimator: Any
-    best_params: Any
-    best_value: float
-    misses: int
-    step: int
-    seed: int
+    skipped: int
 
 
 def run(
@@ -57,67 +53,91 @@ def run(
     num_steps: int,
     seed: int = 0,
     outer_params: Tree = None,
+    averaging: float | None = None,
     validate: Callable[[Tree], Tensor | float] | None = None,
     validate_every: int = 10,
     patience: int | None = None,
+    select: str = "best",
+    max_skipped: int = 10,
     checkpoint_folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
-    on_step: Callable[[dict[str, float]], None] | None = None,
-    _restored: Any = None,
+    about: Mapping[str, Any] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    tensorboard: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Meta-trains: ``num_steps`` estimates, each followed by a step of the outer optimizer.
 
     Args:
-        estimator: gives ``(Estimate(loss, grads, metrics), state)``.
+        estimator: gives ``(Estimate(loss, grads, metrics), state)``. Tasks that diverge it leaves
+            out of both itself, and reports: ``metrics["diverged"]``, booleans ``(num_tasks,)``,
+            and ``metrics["diverged_at"]``, their inner steps or -1.
         meta_params: what is learned, at its start; the caller's initialisation. The outer steps
             are not recorded for differentiation, also where these require a gradient.
-        outer: any `Optimizer`, hand-made or learned.
+        outer: any `Optimizer`, hand-made or learned; clipping and schedules are combinators.
         num_steps: outer steps.
         seed: of the estimator's stream of tasks.
         outer_params: ``opt_params`` of the outer optimizer; default ``outer.init()``.
-        validate: ``validate(meta_params) -> scalar``, lower is better.
+        averaging: keep a running mean of the meta-parameters over the outer steps after this
+            fraction of ``num_steps`` (0.5: over the second half), in their compute dtype. From
+            then on it, not the last iterate, is validated and returned. None: no mean.
+        validate: ``validate(meta_params) -> scalar``, lower is better; what is judged are the
+            outer optimizer's ``eval_params``, or their mean.
         validate_every: outer steps between validations (there is one at the start and at the end).
         patience: early stopping after this many validations without a new best; None: never.
+        select: ``"best"`` by validation is the result, or the ``"last"``.
+        max_skipped: an outer step whose meta-loss or meta-gradient is not finite changes nothing
+            but the position in the stream of tasks; this many in a row are an error.
         checkpoint_folder: where the whole state is saved, in one file, atomically; None: nowhere.
             On KeyboardInterrupt the last complete state is saved before the exception goes on.
-        checkpoint_every: outer steps between saves.
-        on_step: called after each step with ``{"step", "meta_loss", "meta_grad_norm"}`` and, where
-            there was one, ``"validation"``.
+        checkpoint_every: outer steps between saves; there is one before the first step.
+        about: plain values that say which run this is (the configuration). They are saved too, and
+            `resume` refuses a checkpoint of a run with others.
+        log: a ``.jsonl`` file to which the metrics of each outer step are appended. Wall-clock
+            seconds, which differ from run to run, go to ``<name>.timing.jsonl`` beside it.
+        tensorboard: a folder of event files; needs the extra ``fmeta[tensorboard]``.
+        on_step: called with the metrics of each outer step.
 
     Returns:
-        A `Result`. With ``validate``, its ``meta_params`` are those of the best validation.
+        A `Result`.
+
+        Metrics of an outer step are ``"step"``, ``"meta_loss"``, ``"meta_grad_norm"`` and, where
+        there is one, ``"signal_to_noise"`` of the meta-gradient, ``"diverged"`` (share of the
+        tasks), ``"diverged_tasks"`` (a list of ``[task, inner step]``: task i of outer step k is a
+        function of ``(seed, k, i)``), ``"skipped"`` (the how-manieth in a row),
+        ``"validation"``.
 
     Raises:
-        FloatingPointError: a meta-loss or meta-gradient that is not finite (with the step); a
-            checkpoint of the state before it is saved first.
-        FileExistsError: the folder holds a checkpoint already: `resume` it, or choose another.
-        OSError: an unwritable folder, before any work.
+        FloatingPointError: ``max_skipped`` skipped outer steps in a row, or an outer optimizer
+            that makes parameters non-finite (with the step); a checkpoint of the state before it
+            is saved first.
+        FileExistsError: the folder holds a checkpoint already, or ``log`` is there: `resume`, or
+            choose others.
+        BlockingIOError: another run is using the folder.
+        OSError: a folder or file that cannot be written, before any work where possible.
+        ImportError: ``tensorboard`` without the package.
         ValueError: options that cannot be meant, or meta-parameters without a tensor.
         TypeError: ``outer`` is not an `Optimizer`.
     """
-    check_optimizer_type(outer, "outer")
-    if not any(isinstance(x, Tensor) for x in trees.leaves(meta_params)):
-        raise ValueError("meta_params hold no tensor: there is nothing to learn")
-    if checkpoint_folder is not None and _restored is None:
-        path = Path(checkpoint_folder) / _CHECKPOINT
-        if path.exists():
-            raise FileExistsError(
-                f"{path} is the checkpoint of another run: go on with it by resume(...), delete "
-                "it, or choose another folder"
-            )
-    loop = _Loop(
-        estimator,
+    settings = _Settings(
         outer,
-        outer.init() if outer_params is None else outer_params,
         num_steps,
+        seed,
+        outer_params,
+        averaging,
         validate,
         validate_every,
         patience,
+        select,
+        max_skipped,
         checkpoint_folder,
         checkpoint_every,
+        about,
+        log,
+        tensorboard,
         on_step,
     )
-    return loop.go(loop.start(meta_params, seed) if _restored is None else _restored)
+    return _Loop(estimator, meta_params, settings).from_start()
 
 
 def resume(
@@ -136,88 +156,187 @@ def resume(
         checkpoint_folder: the folder given to `run`.
         estimator, meta_params, outer, num_steps, seed: as given to `run`; of ``meta_params`` only
             structure and device are used, the values come from the checkpoint.
-        **options: the further arguments of `run`.
+        **options: the further arguments of `run`. What ``log`` holds of outer steps after the
+            checkpoint is cut off and written again.
+
+    Returns:
+        The `Result` of the whole run, with the history of the steps made now.
 
     Raises:
         FileNotFoundError: no checkpoint in the folder.
         ValueError: a checkpoint that is damaged, of another seed, or of another run (with the
-            array's name).
+            array's name); a log with missing lines.
+        FloatingPointError, BlockingIOError, OSError, ImportError, TypeError: as `run`.
     """
-    path = Path(checkpoint_folder) / _CHECKPOINT
-    theta = options.get("outer_params")
-    theta = outer.init() if theta is None else theta
-    like = _Loop(estimator, outer, theta, num_steps).start(meta_params, seed)
-    return run(
-        estimator,
-        meta_params,
-        outer=outer,
-        num_steps=num_steps,
-        seed=seed,
-        checkpoint_folder=checkpoint_folder,
-        _restored=_read(path, like),
-        **options,
-    )
+    path = Path(checkpoint_folder) / _checkpoint.NAME
+    settings = _Settings(outer, num_steps, seed, checkpoint_folder=checkpoint_folder, **options)
+    return _Loop(estimator, meta_params, settings).from_checkpoint(path)
 
 
-class _Loop(NamedTuple):
-    estimator: Estimator
+class _Settings(NamedTuple):
+    """The arguments of `run`, with its defaults."""
+
     outer: Optimizer
-    outer_params: Any
     num_steps: int
+    seed: int = 0
+    outer_params: Tree = None
+    averaging: float | None = None
     validate: Callable[[Tree], Any] | None = None
     validate_every: int = 10
     patience: int | None = None
-    folder: Any = None
+    select: str = "best"
+    max_skipped: int = 10
+    checkpoint_folder: Any = None
     checkpoint_every: int = 10
-    on_step: Callable[[dict[str, float]], None] | None = None
+    about: Mapping[str, Any] | None = None
+    log: Any = None
+    tensorboard: Any = None
+    on_step: OnStep | None = None
 
-    def start(self, meta_params: Tree, seed: int) -> _State:
-        # Those that require a gradient would grow a graph from step to step.
-        meta_params = trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, meta_params)
-        hidden = self.outer.init_hidden(self.outer_params, meta_params, num_steps=self.num_steps)
-        state = self.estimator.init(meta_params, seed)
-        return _State(meta_params, hidden, state, meta_params, math.inf, 0, 0, seed)
-
-    def go(self, state: _State) -> Result:
-        for name in ("num_steps", "validate_every", "checkpoint_every"):
+    def check(self) -> None:
+        check_optimizer_type(self.outer, "outer")
+        for name in ("validate_every", "checkpoint_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.patience is not None and (self.patience < 1 or self.validate is None):
             raise ValueError("patience must be at least 1 and needs validate")
-        if self.folder is not None:
-            _files.writable_folder(self.folder)
-            _files.by_path(state)  # raises where it cannot be saved, before any work
-        history: list[dict[str, float]] = []
-        try:
-            if state.step == 0 and math.isinf(state.best_value) and state.misses == 0:
-                state, _ = self.judge(state)
-            while state.step < self.num_steps and not self.is_over(state):
-                state, metrics = self.advance(state)
-                history.append(metrics)
-                if self.on_step is not None:
-                    self.on_step(metrics)
-                if state.step % self.checkpoint_every == 0 or state.step == self.num_steps:
+        if self.averaging is not None and not 0 <= self.averaging < 1:
+            raise ValueError(
+                f"averaging must be a fraction of the outer steps in [0, 1), got {self.averaging}"
+            )
+        if self.select not in ("best", "last"):
+            raise ValueError(f'select must be "best" or "last", got {self.select!r}')
+        if self.tensorboard is not None:
+            summary_writer()
+
+
+class _State(NamedTuple):
+    """Everything that the next outer step depends on; saved as it is."""
+
+    meta_params: Any
+    hidden: Any
+    estimator: Any
+    average: _averaging.Average
+    best_params: Any
+    best_value: float
+    misses: int
+    step: int
+    seed: int
+    skipped: int
+    skipped_in_a_row: int
+
+
+class _Loop:
+    """`run` and `resume` from their arguments on."""
+
+    def __init__(self, estimator: Estimator, meta_params: Tree, settings: _Settings) -> None:
+        settings.check()
+        if not any(isinstance(x, Tensor) for x in trees.leaves(meta_params)):
+            raise ValueError("meta_params hold no tensor: there is nothing to learn")
+        self.estimator, self.settings, self.outer = estimator, settings, settings.outer
+        given = settings.outer_params
+        self.outer_params = self.outer.init() if given is None else given
+        # Those that require a gradient would grow a graph from step to step.
+        self.meta_params = trees.map(
+            lambda x: x.detach() if isinstance(x, Tensor) else x, meta_params
+        )
+        self.about = dict(settings.about or {})
+
+    def from_start(self) -> Result:
+        state, folder, log = self.start(), self.settings.checkpoint_folder, self.settings.log
+        if log is not None:
+            _files.writable_folder(Path(log).parent)
+            if Path(log).exists():
+                raise FileExistsError(
+                    f"{log} is the log of another run: choose another name, delete it, or go on "
+                    "with its run by resume(...)"
+                )
+        if folder is None:
+            return self.go(state)
+        _files.by_path(state)  # raises where it cannot be saved, before any work
+        with locked(_files.writable_folder(folder)):
+            path = Path(folder) / _checkpoint.NAME
+            if path.exists():
+                raise FileExistsError(
+                    f"{path} is the checkpoint of another run: go on with it by resume(...), "
+                    "delete it, or choose another folder"
+                )
+            self.save(state)  # from here on a killed run can be resumed
+            return self.go(state)
+
+    def from_checkpoint(self, path: Path) -> Result:
+        _checkpoint.require(path)  # before its folder is made
+        with locked(_files.writable_folder(path.parent)):
+            _files.remove_leftovers(path.parent)
+            state = _checkpoint.load(path, self.start(), self.about)
+            if state.seed != self.settings.seed:
+                raise ValueError(
+                    f"{path} is of a run with seed {state.seed}, not {self.settings.seed}: resume "
+                    "with its seed"
+                )
+            return self.go(state)
+
+    def start(self) -> _State:
+        s, params = self.settings, self.meta_params
+        hidden = self.outer.init_hidden(self.outer_params, params, num_steps=s.num_steps)
+        if s.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {s.num_steps}")
+        stream = self.estimator.init(params, s.seed)
+        average = _averaging.start(params, s.averaging)
+        return _State(params, hidden, stream, average, params, math.inf, 0, 0, s.seed, 0, 0)
+
+    def go(self, state: _State) -> Result:
+        s = self.settings
+        history: list[dict[str, Any]] = []
+        saved = state.step
+        with StepLog(s.log, s.tensorboard, state.step) as log:
+            try:
+                if state.step == 0 and math.isinf(state.best_value) and state.misses == 0:
+                    state, _ = self.judge(state)
+                while state.step < s.num_steps and not self.is_over(state):
+                    began = time.perf_counter()
+                    new, metrics = self.advance(state)
+                    log.write(metrics, time.perf_counter() - began)
+                    history.append(metrics)
+                    # Last, so that an interrupted state is never ahead of the log.
+                    state = new
+                    if s.on_step is not None:
+                        s.on_step(metrics)
+                    last = state.step == s.num_steps or self.is_over(state)
+                    if last or state.step % s.checkpoint_every == 0:
+                        log.sync()
+                        self.save(state)
+                        saved = state.step
+            except (KeyboardInterrupt, FloatingPointError):
+                if state.step > saved or state.step == 0:
+                    log.sync()
                     self.save(state)
-        except (KeyboardInterrupt, FloatingPointError):
-            self.save(state)
-            raise
-        best = state.meta_params if self.validate is None else state.best_params
-        return Result(best, state.step, history, state.step < self.num_steps)
+                raise
+        best = s.validate is not None and s.select == "best"
+        params = state.best_params if best else self.judged(state)
+        return Result(params, state.step, history, state.step < s.num_steps, state.skipped)
 
     def is_over(self, state: _State) -> bool:
-        return self.patience is not None and state.misses >= self.patience
+        patience = self.settings.patience
+        return patience is not None and state.misses >= patience
 
-    def advance(self, state: _State) -> tuple[_State, dict[str, float]]:
-        estimate, estimator_state = self.estimator.estimate(state.meta_params, state.estimator)
-        with torch.no_grad():  # what the estimator returned may carry a graph
-            squares = [float(g.double().square().sum()) for g in trees.leaves(estimate.grads)]
-        norm, loss = math.sqrt(sum(squares)), float(estimate.loss)
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            raise FloatingPointError(
-                f"outer step {state.step}: the meta-loss is {loss} and the meta-gradient's norm "
-                f"{norm}: inner training diverged; shorten the horizon, lower the outer learning "
-                "rate, or clip (fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
-            )
+    def advance(self, state: _State) -> tuple[_State, dict[str, Any]]:
+        estimate, stream = self.estimator.estimate(state.meta_params, state.estimator)
+        metrics = _metrics(state.step, estimate)
+        state = state._replace(estimator=stream)
+        if math.isfinite(metrics["meta_loss"]) and math.isfinite(metrics["meta_grad_norm"]):
+            state = self.descend(state, estimate)
+        else:
+            state = self.skip(state, metrics)
+            metrics["skipped"] = state.skipped_in_a_row
+        state = state._replace(step=state.step + 1)
+        if state.step % self.settings.validate_every == 0 or state.step == self.settings.num_steps:
+            state, value = self.judge(state)
+            if value is not None:
+                metrics["validation"] = value
+        return state, metrics
+
+    def descend(self, state: _State, estimate: Estimate) -> _State:
         with torch.no_grad():
             params, hidden = self.outer.step(
                 self.outer_params,
@@ -226,48 +345,63 @@ class _Loop(NamedTuple):
                 state.hidden,
                 loss=estimate.loss,
             )
-        metrics = {"step": float(state.step), "meta_loss": loss, "meta_grad_norm": norm}
-        state = state._replace(
-            meta_params=params, hidden=hidden, estimator=estimator_state, step=state.step + 1
-        )
-        if state.step % self.validate_every == 0 or state.step == self.num_steps:
-            state, value = self.judge(state)
-            if value is not None:
-                metrics["validation"] = value
-        return state, metrics
+            for path, x in _files.by_path(params).items():
+                if isinstance(x, Tensor) and not x.isfinite().all():
+                    raise FloatingPointError(
+                        f"outer step {state.step}: the outer optimizer made the meta-parameter at "
+                        f"{path} non-finite, from a finite meta-gradient: lower its learning rate"
+                    )
+            state = state._replace(meta_params=params, hidden=hidden, skipped_in_a_row=0)
+            after = self.settings.averaging
+            if after is not None and state.step + 1 > after * self.settings.num_steps:
+                average = _averaging.add(state.average, self.iterate(state))
+                state = state._replace(average=average)
+        return state
+
+    def skip(self, state: _State, metrics: Mapping[str, Any]) -> _State:
+        in_a_row, most = state.skipped_in_a_row + 1, self.settings.max_skipped
+        if in_a_row >= most:
+            raise FloatingPointError(
+                f"outer step {state.step}: the meta-loss is {metrics['meta_loss']} and the "
+                f"meta-gradient's norm {metrics['meta_grad_norm']} ({in_a_row} such steps in a "
+                f"row, max_skipped is {most}): inner training diverged; shorten the horizon, lower "
+                "the outer learning rate, or clip "
+                "(fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
+            )
+        return state._replace(skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
+
+    def iterate(self, state: _State) -> Tree:
+        return self.outer.eval_params(self.outer_params, state.meta_params, state.hidden)
+
+    def judged(self, state: _State) -> Tree:
+        if state.average.size:
+            return _averaging.value(state.average, state.meta_params)
+        return self.iterate(state)
 
     def judge(self, state: _State) -> tuple[_State, float | None]:
-        if self.validate is None:
+        if self.settings.validate is None:
             return state, None
-        value = float(self.validate(state.meta_params))
+        params = self.judged(state)
+        value = float(self.settings.validate(params))
         if value < state.best_value:  # never true for NaN
-            return state._replace(best_params=state.meta_params, best_value=value, misses=0), value
+            return state._replace(best_params=params, best_value=value, misses=0), value
         return state._replace(misses=state.misses + 1), value
 
     def save(self, state: _State) -> None:
-        if self.folder is None:
-            return
-        flat = _files.by_path(state)
-        numbers = {n: x for n, x in flat.items() if not isinstance(x, Tensor)}
-        tensors = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
-        _files.save_tree(Path(self.folder) / _CHECKPOINT, tensors, {"numbers": json.dumps(numbers)})
+        folder = self.settings.checkpoint_folder
+        if folder is not None:
+            _checkpoint.save(Path(folder) / _checkpoint.NAME, state, self.about)
 
 
-def _read(path: Path, like: _State) -> _State:
-    spec, flat = trees.flatten(like)[1], _files.by_path(like)
-    metadata = _files.read_metadata(path)
-    if "numbers" not in metadata:
-        raise ValueError(f"{path} is no checkpoint of fmeta.meta_train")
-    wanted = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
-    numbers, tensors = json.loads(metadata["numbers"]), _files.load_tree(path, wanted)
-    missing = [n for n in flat if n not in numbers and n not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}: it is of another estimator or optimizer")
-    if numbers["seed"] != like.seed:
-        raise ValueError(
-            f"{path} is of a run with seed {numbers['seed']}, not {like.seed}: resume with its seed"
-        )
-    return trees.unflatten(
-        spec,
-        [tensors[n].to(x.device) if isinstance(x, Tensor) else numbers[n] for n, x in flat.items()],
-    )
+def _metrics(step: int, estimate: Estimate) -> dict[str, Any]:
+    with torch.no_grad():  # what the estimator returned may carry a graph
+        grads = [g for g in trees.leaves(estimate.grads) if isinstance(g, Tensor)]
+        squares = [float(g.double().square().sum()) for g in grads]
+        metrics = {
+            "step": step,
+            "meta_loss": float(estimate.loss),
+            "meta_grad_norm": math.sqrt(sum(squares)),
+        }
+        if "signal_to_noise" in estimate.metrics:
+            metrics["signal_to_noise"] = float(estimate.metrics["signal_to_noise"])
+    return {**metrics, **diverged_tasks(estimate.metrics)}

@@ -1,0 +1,100 @@
+"""A job: meta-train, save the weights, compare; resumable in each phase, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fmeta import _files, pretrained
+from fmeta.estimators import Estimator
+from fmeta.meta_train import _checkpoint, _loop
+from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, run_folder
+
+__all__ = ["Recipe", "run_job"]
+
+Config = TypeVar("Config")
+Say = Callable[[str], None]
+
+
+class Recipe(NamedTuple):
+    """What is particular to a job.
+
+    Attributes:
+        rule_name: of the learned rule, a builder in `fmeta.optimizers`.
+        rule_arguments: of that builder; saved with the weights.
+        estimator: of the meta-gradient.
+        start: meta-parameters to start from, structured as the rule's ``opt_params``.
+        options: further arguments of `fmeta.meta_train.run`, with ``outer`` and ``num_steps``.
+        evaluate: ``evaluate(result, folder, say) -> results``, a dict of plain values; draws its
+            figures into the folder. A pure function of the result: it may be called again.
+    """
+
+    rule_name: str
+    rule_arguments: Mapping[str, Any]
+    estimator: Estimator
+    start: Any
+    options: Mapping[str, Any]
+    evaluate: Callable[[_loop.Result, Path, Say], dict[str, Any]]
+
+
+def run_job(
+    config: Any,
+    recipe: Callable[[Any], Recipe],
+    *,
+    on_step: _loop.OnStep | None = None,
+    on_phase: Say | None = None,
+) -> dict[str, Any]:
+    """Runs a job in ``config.out/config.name``, or with ``config.resume`` the rest of it.
+
+    The files say how far a run has come: with ``results.json``, written last, it is finished; a
+    checkpoint of the last outer step leads straight to the evaluation.
+
+    Args:
+        config: a frozen dataclass with ``out``, ``name``, ``resume``; all fields plain values.
+        recipe: makes the `Recipe` from it.
+        on_step: called with the metrics of each outer step.
+        on_phase: called with a line of text as each phase begins.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        As `fmeta.meta_train.run` and the recipe's functions, and for the folder:
+        FileExistsError, FileNotFoundError, BlockingIOError, OSError, ValueError.
+    """
+    say = on_phase or (lambda text: None)
+    values = dataclasses.asdict(config)
+    with run_folder(Path(config.out) / config.name, values) as folder:
+        if (folder / RESULTS).exists():
+            say(f"the run in {folder} is finished: nothing to do")
+            return dict(_files.read_json(folder / RESULTS))
+        made = recipe(config)
+        result = _meta_train(made, folder, values, on_step, say)
+        pretrained.save(folder / WEIGHTS, made.rule_name, result.meta_params, **made.rule_arguments)
+        results = made.evaluate(result, folder, say)
+        _files.write_json(folder / RESULTS, results)
+        return results
+
+
+def _meta_train(
+    recipe: Recipe,
+    folder: Path,
+    config: Mapping[str, Any],
+    on_step: _loop.OnStep | None,
+    say: Say,
+) -> _loop.Result:
+    checkpoint = folder / "checkpoint"
+    arguments: dict[str, Any] = {
+        **recipe.options,
+        "about": {k: v for k, v in config.items() if k not in ("out", "name", "resume")},
+        "log": folder / METRICS,
+        "on_step": on_step,
+    }
+    steps = f"meta-training {recipe.rule_name}: {arguments['num_steps']} outer steps"
+    if (checkpoint / _checkpoint.NAME).exists():
+        say(f"{steps}, from the checkpoint on")
+        return _loop.resume(checkpoint, recipe.estimator, recipe.start, **arguments)
+    say(steps)
+    return _loop.run(recipe.estimator, recipe.start, checkpoint_folder=checkpoint, **arguments)
