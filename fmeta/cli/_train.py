@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import tyro
 
-from fmeta.meta_train import TrainConfig, train_on_digits
+from fmeta.meta_train import TrainConfig, describe_diverged, read_config, train_on_digits
 
-__all__ = ["run_train"]
+__all__ = ["run_train", "train_command"]
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function that tyro turns into ``fmeta train``, with the defaults that hold here.
+
+    Args:
+        arguments: of the command line; ``--config FILE`` and, with ``--resume``, the run in
+            OUT/NAME give the defaults that the other flags override. An error in these files is
+            raised when the command is called.
+    """
+    default, error = TrainConfig(), None
+    try:
+        default = _defaults(arguments)
+    except (ValueError, OSError) as found:
+        error = found
+
+    # tyro reads the annotations, so that their names must be global ones of this module.
+    def train(
+        settings: TrainConfig = default,
+        config: Annotated[
+            str | None,
+            tyro.conf.arg(
+                metavar="FILE",
+                help="Take defaults from a JSON file: the config.json of a run, or a part of one.",
+            ),
+        ] = None,
+    ) -> int:
+        if error is not None:
+            raise error
+        return run_train(settings)
+
+    train.__doc__ = (
+        f"{TrainConfig.__doc__}\n\nWrites OUT/NAME/ with curves.png, results.json, "
+        "weights.safetensors, config.json, metrics.jsonl and checkpoint/. A run that was stopped "
+        "or killed goes on with --resume, which needs no other flag than its --out and --name."
+    )
+    return train
 
 
 def run_train(config: TrainConfig) -> int:
@@ -20,47 +64,125 @@ def run_train(config: TrainConfig) -> int:
     console = Console()
     checked = config.checked()
     torch.set_num_threads(checked.threads)
-    with _progress(console, checked.num_steps) as (on_step, on_phase):
-        results = train_on_digits(config, on_step=on_step, on_phase=on_phase)
+    try:
+        with _progress(console, checked.num_steps) as (on_step, on_phase):
+            results = train_on_digits(config, on_step=on_step, on_phase=on_phase)
+    except KeyboardInterrupt:
+        _complain(_how_to_resume(config))
+        return 130
+    except ImportError as error:  # an extra that is not installed
+        _complain(str(error))
+        return 1
     _show(console, results)
     console.print(f"everything is in {config.out}/{config.name}/ (figure: curves.png)")
     return 0
 
 
+def _defaults(arguments: Sequence[str]) -> TrainConfig:
+    default, file = TrainConfig(), _value_of("--config", arguments)
+    if file is not None:
+        default = read_config(file, default)
+    if "--resume" in arguments:
+        out = _value_of("--out", arguments) or default.out
+        name = _value_of("--name", arguments) or default.name
+        stored = Path(out) / name / "config.json"
+        if stored.exists():
+            # The folder may have been moved since.
+            default = dataclasses.replace(read_config(stored, default), out=out, name=name)
+    return default
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    value = None
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+    return value
+
+
+def _how_to_resume(config: TrainConfig) -> str:
+    if not (Path(config.out) / config.name / "config.json").exists():
+        return "interrupted before the run began: nothing is lost, start it again"
+    where = shlex.join(["--out", config.out, "--name", config.name])
+    return (
+        "interrupted; the last complete state is saved, and --resume goes on from there: "
+        f"fmeta train --resume {where}"
+    )
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"fmeta: {text}\n")
+
+
 @contextmanager
-def _progress(
-    console: Any, total: int
-) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[str], None]]]:
+def _progress(console: Any, total: int) -> Iterator[tuple[OnStep, Callable[[str], None]]]:
     """A bar on a terminal, plain lines (about ten) elsewhere."""
+    notices = _Notices()
     if not console.is_terminal:
         every = max(1, total // 10)
 
-        def on_step(metrics: dict[str, float]) -> None:
-            step = int(metrics["step"])
-            if step % every == 0 or step == total - 1:
-                console.print(f"outer step {step}: {_describe(metrics)}", highlight=False)
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        yield on_step, lambda text: console.print(text, highlight=False)
+        def on_step(metrics: dict[str, Any]) -> None:
+            step = metrics["step"]
+            for text in notices.of(metrics):
+                say(text)
+            if step % every == 0 or step == total - 1:
+                say(f"outer step {step} of {total}: {notices.describe(metrics)}")
+
+        yield on_step, say
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress as rich
 
     columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        yield (
-            lambda m: progress.update(task, completed=m["step"] + 1, description=_describe(m)),
-            lambda text: progress.console.print(text, highlight=False),
-        )
+    with rich.Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+
+        def say(text: str) -> None:
+            bar.console.print(text, highlight=False, markup=False)
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            for text in notices.of(metrics):
+                say(text)
+            bar.update(task, completed=metrics["step"] + 1, description=notices.describe(metrics))
+
+        yield on_step, say
 
 
-def _describe(metrics: dict[str, float]) -> str:
-    text = f"meta-loss {metrics['meta_loss']:.4f}, meta-gradient {metrics['meta_grad_norm']:.3f}"
-    return text + (f", validation {metrics['validation']:.4f}" if "validation" in metrics else "")
+class _Notices:
+    """What is told of outer steps: numbers of each, and the first few that were out of the way."""
+
+    most = 5
+
+    def __init__(self) -> None:
+        self.validation, self.told = "", 0
+
+    def describe(self, metrics: Mapping[str, Any]) -> str:
+        if "validation" in metrics:
+            self.validation = f", validation {metrics['validation']:.4f}"
+        loss, norm = metrics["meta_loss"], metrics["meta_grad_norm"]
+        diverged = f", diverged {metrics['diverged']:.0%}" if metrics.get("diverged") else ""
+        return f"meta-loss {loss:.4f}, meta-gradient {norm:.3f}{self.validation}{diverged}"
+
+    def of(self, metrics: Mapping[str, Any]) -> list[str]:
+        texts = [describe_diverged(metrics)]
+        if "skipped" in metrics:
+            texts.append(f"outer step {metrics['step']}: nothing finite to learn from, skipped")
+        texts = [text for text in texts if text]
+        self.told += bool(texts)
+        if self.told == self.most and texts:
+            texts.append("further ones are in metrics.jsonl")
+        return texts if self.told <= self.most else []
 
 
 def _show(console: Any, results: dict[str, Any]) -> None:
