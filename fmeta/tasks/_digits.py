@@ -12,7 +12,7 @@ from fmeta.tasks._cnn import cnn
 from fmeta.tasks._digits_data import VERSIONS, images, online_images, online_pick, pick
 from fmeta.tasks._family import TaskFamily
 from fmeta.tasks._mlp import mlp
-from fmeta.tasks._networks import Network, cross_entropy
+from fmeta.tasks._networks import Network, check_widths, cross_entropy
 from fmeta.tasks._transformer import transformer
 
 __all__ = ["digits"]
@@ -106,9 +106,7 @@ def digits(
 def _network(model: str, widths: tuple[int, ...], activation: str) -> Network:
     if model not in _MODELS:
         raise ValueError(f"unknown model {model!r}: there are {', '.join(_MODELS)}")
-    for i, width in enumerate(widths):
-        if width < 1:
-            raise ValueError(f"widths[{i}] must be at least 1, got {width}")
+    check_widths(widths)
     if not widths and model != "mlp":
         raise ValueError(f"widths is empty: a {model!r} needs at least one")
     if model == "mlp":

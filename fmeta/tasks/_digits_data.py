@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmeta.random import fold_in
+from fmeta.tasks._family import SPLITS, check_split
 
 __all__ = ["VERSIONS", "images", "online_images", "online_pick", "pick", "split_rows"]
 
 VERSIONS = 64  # transformed versions of each image
 _ROTATION, _SHIFT, _NOISE = math.radians(20), 1.0, 0.3  # limits in radians and pixels; std
 _OFFSETS = 2**16  # places in the bank of noise where an image's noise may begin
-_SIZES = {"train": 1200, "validation": 297, "test": 300}
+_SIZES = (1200, 297, 300)  # images in each of SPLITS
 
 
 @functools.cache
@@ -52,8 +53,7 @@ def online_images() -> dict[str, Tensor]:
 
 def split_rows(split: str) -> Tensor:
     """Which images are in a split."""
-    if split not in _SIZES:
-        raise ValueError(f"unknown split {split!r}: there are {', '.join(_SIZES)}")
+    check_split(split)
     return _splits()[split]
 
 
@@ -72,8 +72,8 @@ def online_pick(generator: torch.Generator, split: str, *shape: int) -> Tensor:
 
 @functools.cache
 def _splits() -> dict[str, Tensor]:
-    order = torch.randperm(sum(_SIZES.values()), generator=fold_in(1797))
-    return dict(zip(_SIZES, order.split(list(_SIZES.values())), strict=True))
+    order = torch.randperm(sum(_SIZES), generator=fold_in(1797))
+    return dict(zip(SPLITS, order.split(list(_SIZES)), strict=True))
 
 
 @functools.cache

@@ -13,8 +13,10 @@ from fmeta import trees
 from fmeta.random import fold_in
 
 __all__ = [
+    "SPLITS",
     "Task",
     "TaskFamily",
+    "check_split",
     "device_of_tasks",
     "loss_of_task",
     "sample_batches",
@@ -52,6 +54,8 @@ class Task(NamedTuple):
     model_params: Any
     batches: Any
 
+
+SPLITS = ("train", "validation", "test")
 
 # What a draw is for: the last integer folded into its seed.
 _CONFIG, _INIT, _BATCHES = 0, 1, 2
@@ -117,6 +121,12 @@ def device_of_tasks(family: TaskFamily, *others: Any) -> torch.device | None:
         if isinstance(x, Tensor):
             return x.device
     return None
+
+
+def check_split(split: str) -> None:
+    """Raises a ValueError unless there is a split of this name."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
 
 
 def loss_of_task(family: TaskFamily) -> Callable[..., Tensor]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Network", "activation_named", "affine", "cross_entropy", "uniform"]
+__all__ = [
+    "ACTIVATIONS",
+    "Network",
+    "activation_named",
+    "affine",
+    "check_widths",
+    "cross_entropy",
+    "uniform",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -36,6 +44,13 @@ def activation_named(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def check_widths(widths: Sequence[int]) -> None:
+    """Raises a ValueError for a hidden layer without units."""
+    for i, width in enumerate(widths):
+        if width < 1:
+            raise ValueError(f"widths[{i}] must be at least 1, got {width}")
 
 
 def uniform(generator: torch.Generator, *shape: int, fan_in: int) -> Tensor:
