@@ -1,8 +1,8 @@
-"""Optimizers side by side: same initial parameters, same batches, several seeds."""
+"""Loss curves of optimizers side by side, with the held-out loss after every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from fmeta.optimizer import Optimizer
 from fmeta.tasks import Task, TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
 from fmeta.tasks._family import device_of_tasks
 
-__all__ = ["Curves", "compare", "final_loss", "paired_difference", "tune"]
+__all__ = ["Curves", "compare"]
 
 
 class Curves(NamedTuple):
@@ -74,56 +74,6 @@ def compare(
     return result
 
 
-def tune(
-    family: TaskFamily,
-    builder: Callable[..., Optimizer],
-    rates: Sequence[float],
-    *,
-    num_steps: int,
-    num_seeds: int,
-    seed: int,
-) -> float:
-    """The learning rate with the lowest final loss on validation images, training on others.
-
-    Args:
-        family: where the tasks come from.
-        builder: ``builder(lr) -> Optimizer``; all rates run together by `vmap`.
-        rates: candidates.
-        num_steps, num_seeds, seed: as in `compare`.
-
-    Returns:
-        One of ``rates``. A rate whose loss is not finite never wins.
-
-    Raises:
-        ValueError: when the loss is finite for none of the rates.
-    """
-    device = device_of_tasks(family)
-    tasks, shown = _draw(family, num_steps, num_seeds, seed, "train", "validation", device)
-    loss_fn = loss_of_task(family)
-
-    def one(lr: Tensor, config: Any, params: Any, batches: Any, eval_batches: Any) -> Tensor:
-        losses: Tensor = unroll(
-            builder(lr),
-            loss_fn,
-            {},
-            params,
-            batches,
-            loss_args=(config,),
-            eval_batches=eval_batches,
-        ).eval_losses
-        return losses
-
-    with torch.no_grad():
-        by_seed = torch.vmap(one, in_dims=(None, 0, 0, 0, 0))
-        by_rate = torch.vmap(by_seed, in_dims=(0, None, None, None, None))
-        losses = by_rate(torch.tensor(rates, device=device), *tasks, shown)
-    score = final_loss(losses).mean(-1)
-    score = torch.where(score.isfinite(), score, torch.inf)
-    if not score.isfinite().any():
-        raise ValueError(f"the final loss is not finite for any of the rates {list(rates)}")
-    return rates[int(score.argmin())]
-
-
 def _draw(
     family: TaskFamily,
     num_steps: int,
@@ -140,32 +90,3 @@ def _draw(
         for i, task in enumerate(drawn)
     ]
     return stack_tasks(drawn, device), stack_tasks(shown, device)
-
-
-def final_loss(losses: Tensor) -> Tensor:
-    """Mean over the last tenth of the steps: ``(..., T) -> (...)``."""
-    return losses[..., -max(1, losses.shape[-1] // 10) :].mean(-1)
-
-
-def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over seeds with its 95 % interval by Student's t.
-
-    Args:
-        a, b: shape ``(seeds,)``, the same seeds in the same order, at least two.
-
-    Returns:
-        ``(mean, low, high)``.
-
-    Example:
-        >>> paired_difference(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3))[0]
-        2.0
-    """
-    from scipy.stats import t  # comes with scikit-learn; slow to import
-
-    d = (a - b).double()
-    n = len(d)
-    if n < 2:
-        raise ValueError("a paired interval needs at least two seeds")
-    half = float(t.ppf(0.975, n - 1)) * float(d.std()) / n**0.5
-    mean = float(d.mean())
-    return mean, mean - half, mean + half

@@ -1,0 +1,209 @@
+"""Optimizers side by side: same initial parameters, same batches, tuned baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta.evaluate._baselines import BASELINES, Baseline, get_baselines
+from fmeta.evaluate._compare import Curves
+from fmeta.evaluate._evaluation import Evaluation, Outcome, band
+from fmeta.evaluate._measure import Measured, draw, groups, log_spaced, measure, over_leading
+from fmeta.evaluate._statistics import final_loss, steps_to_reach
+from fmeta.evaluate._tune import Search, search_rates
+from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.tasks import TaskFamily
+from fmeta.tasks._family import device_of_tasks
+
+__all__ = ["run"]
+
+
+class _Entry(NamedTuple):
+    """One optimizer of the comparison, ready to train with."""
+
+    label: str
+    role: str
+    optimizer: Optimizer
+    opt_params: Any
+    search: Search | None = None
+    lr: float | None = None
+
+
+def run(
+    family: TaskFamily,
+    contenders: Mapping[str, tuple[Optimizer, Any]],
+    *,
+    num_steps: int,
+    num_seeds: int = 10,
+    seed: int,
+    baselines: Iterable[str] | Mapping[str, Baseline] = tuple(BASELINES),
+    reference: str | None = "adam",
+    rates: Mapping[str, float] | None = None,
+    tune_seeds: int = 3,
+    split: str = "train",
+    held_out: str = "test",
+    validation: str = "validation",
+    held_out_points: int = 60,
+    final_batches: int = 16,
+    chunk_size: int | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Trains fresh models with each optimizer, all from the same start and on the same batches.
+
+    Each baseline is first tuned, for as many steps, on other tasks and the validation split
+    (`search_rates`); the contenders are taken as they are. A seed with a loss that is not finite
+    counts as diverged: its losses enter all means as infinite.
+
+    Args:
+        family: where the tasks come from.
+        contenders: name -> ``(optimizer, opt_params)``; the first is what tables compare with the
+            rest.
+        num_steps: inner steps T.
+        num_seeds: tasks, at least two.
+        seed: of the tasks; use one that meta-training did not see.
+        baselines: names out of ``BASELINES``, or a dict of `Baseline`.
+        reference: to the final training loss of which optimizer the others' steps are counted; None
+            or a baseline that is not among ``baselines``: they are not.
+        rates: learning rates by baseline that are known already and need no search.
+        tune_seeds: tasks that each learning rate is tried on.
+        split: what is trained on.
+        held_out: what is evaluated on.
+        validation: what the baselines are tuned on.
+        held_out_points: at how many steps, about evenly spaced in log, the held-out loss is taken
+            for the curve, each time on one fresh batch; a point costs a forward pass.
+        final_batches: fresh batches for the final held-out loss and metrics.
+        chunk_size: models trained at once by `torch.vmap`; None: all. With 1 nothing is vmapped:
+            best for convolutions, which vmap over weights turns into slow ones.
+        on_phase: called with a line of text as each optimizer begins.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        ValueError: fewer than two seeds, no step, unknown baselines, names that occur twice, rates
+            of no baseline.
+        TypeError: a contender that is no pair, or not of an optimizer.
+
+    Example:
+        >>> import fmeta
+        >>> found = run(
+        ...     fmeta.tasks.digits((8,), batch_size=16),
+        ...     {"sign": (fmeta.optimizers.adam(0.01, betas=(0, 0)), {})},
+        ...     num_steps=5, num_seeds=2, seed=0, baselines=["adam"], rates={"adam": 0.01},
+        ... )
+        >>> list(found.outcomes)
+        ['sign', 'adam']
+    """
+    say = on_phase or (lambda text: None)
+    chosen = baselines if isinstance(baselines, Mapping) else get_baselines(baselines)
+    known = dict(rates or {})
+    _check(contenders, chosen, known, num_steps, num_seeds, chunk_size)
+    entries = {name: _Entry(name, "contender", *pair) for name, pair in contenders.items()}
+    for name, baseline in chosen.items():
+        search = None
+        if name not in known:
+            say(f"tuning {baseline.label} on validation data")
+            search = search_rates(
+                family,
+                baseline.build,
+                baseline.rates,
+                num_steps=num_steps,
+                num_seeds=tune_seeds,
+                seed=seed,
+                split=split,
+                held_out=validation,
+                chunk_size=chunk_size,
+            )
+        lr = known[name] if search is None else search.rate
+        entries[name] = _Entry(baseline.label, "baseline", baseline.build(lr), {}, search, lr)
+
+    at = log_spaced(num_steps, held_out_points)
+    device = device_of_tasks(family, [pair[1] for pair in contenders.values()])
+    pieces: dict[str, list[Measured]] = {name: [] for name in entries}
+    for members in groups(num_seeds, chunk_size):
+        drawn = draw(
+            family,
+            members,
+            seed=seed,
+            num_steps=num_steps,
+            num_shown=len(at),
+            num_fresh=final_batches,
+            split=split,
+            held_out=held_out,
+            device=device,
+        )
+        for name, entry in entries.items():
+            say(f"training with {entry.label}, {len(members)} of {num_seeds} seeds")
+
+            def one(*drawn: Any, entry: _Entry = entry) -> Measured:
+                return measure(family, entry.optimizer, entry.opt_params, at, *drawn)
+
+            with torch.no_grad():
+                pieces[name].append(over_leading(one, *drawn))
+    measured = {
+        name: trees.map(lambda *xs: torch.cat(xs).double().cpu(), *parts)
+        for name, parts in pieces.items()
+    }
+    counted = reference if reference in measured else None
+    level = None if counted is None else float(final_loss(measured[counted].train).mean())
+    outcomes = {k: _outcome(entry, measured[k], at, level) for k, entry in entries.items()}
+    return Evaluation(outcomes, num_steps, num_seeds, seed, counted)
+
+
+def _outcome(entry: _Entry, found: Measured, at: list[int], level: float | None) -> Outcome:
+    diverged = ~found.train.isfinite().all(-1) | ~found.final.isfinite()
+
+    def unless(values: Tensor, instead: float) -> Tensor:
+        return torch.where(diverged, instead, values)
+
+    return Outcome(
+        label=entry.label,
+        role=entry.role,
+        train_loss=unless(final_loss(found.train), torch.inf),
+        held_out_loss=unless(found.final, torch.inf),
+        metrics={k: unless(v, torch.nan) for k, v in found.metrics.items()},
+        steps=None if level is None else unless(steps_to_reach(found.train, level), torch.inf),
+        diverged=diverged,
+        train=band(found.train),
+        held_out=band(found.held_out, at),
+        search=entry.search,
+        lr=entry.lr,
+        curves=Curves(found.train, found.held_out),
+    )
+
+
+def _check(
+    contenders: Mapping[str, Any],
+    chosen: Mapping[str, Baseline],
+    rates: Mapping[str, float],
+    num_steps: int,
+    num_seeds: int,
+    chunk_size: int | None,
+) -> None:
+    if num_seeds < 2:
+        raise ValueError(f"num_seeds must be at least 2 (for an interval), got {num_seeds}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
+    if not contenders and not chosen:
+        raise ValueError("there is nothing to evaluate: give contenders, baselines or both")
+    for name, pair in contenders.items():
+        if not isinstance(pair, tuple) or len(pair) != 2 or isinstance(pair, Optimizer):
+            raise TypeError(
+                f"contender {name!r} must be a pair (optimizer, opt_params), got a "
+                f"{type(pair).__name__}; opt_params of a hand-made optimizer are {{}}"
+            )
+        check_optimizer_type(pair[0], f"the optimizer of contender {name!r}")
+    twice = [name for name in contenders if name in chosen]
+    if twice:
+        raise ValueError(
+            f"{', '.join(twice)} is both a contender and a baseline: rename the contender"
+        )
+    unused = [name for name in rates if name not in chosen]
+    if unused:
+        raise ValueError(f"rates are given for {', '.join(unused)}, which is no baseline here")
