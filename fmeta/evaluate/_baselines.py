@@ -53,7 +53,7 @@ _SINGLE = {
     "adam": Baseline("Adam", optimizers.adam, _half_decades(-4, -1)),
     "adamw": Baseline("AdamW", optimizers.adamw, _half_decades(-4, -1)),
     "momentum": Baseline(
-        "SGD, momentum", lambda lr: optimizers.sgd(lr, momentum=0.9), _half_decades(-3, 0)
+        "SGD momentum", lambda lr: optimizers.sgd(lr, momentum=0.9), _half_decades(-3, 0)
     ),
     # The families of fmeta.tasks hold their matrices as x @ w.
     "muon": Baseline(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Band", "Evaluation", "Outcome", "band"]
 
-_MAX_POINTS = 200
+_MAX_POINTS = 100
 
 
 class Band(NamedTuple):
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
             (`steps_to_reach`); inf where it never did; None without a reference.
         diverged: bool, a loss that was not finite.
         train: the training loss, each point the mean of the steps since the point before.
-        held_out: the held-out loss, each point one fresh batch.
+        held_out: the held-out loss, each point the mean of four fresh batches.
         search: how a baseline's learning rate was found; None when it was given, or none needed.
         lr: a baseline's learning rate.
         curves: losses of all seeds, ``train (seeds, T)`` and ``held_out (seeds, K)``; None in one

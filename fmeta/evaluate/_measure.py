@@ -14,8 +14,19 @@ from fmeta._unroll import unroll
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
 
-__all__ = ["Draws", "Measured", "draw", "groups", "log_spaced", "measure", "over_leading"]
+__all__ = [
+    "BATCHES_A_POINT",
+    "Draws",
+    "Measured",
+    "draw",
+    "groups",
+    "log_spaced",
+    "measure",
+    "over_leading",
+]
 
+# Batches that a point of a held-out curve is the mean over: one makes a ragged line.
+BATCHES_A_POINT = 4
 # The last integer of a draw, so that the batches of the final measurement are new ones.
 _FRESH = 3
 
@@ -25,7 +36,7 @@ class Draws(NamedTuple):
 
     Attributes:
         tasks: a stacked `fmeta.tasks.Task`.
-        shown: batches of the held-out split, one for each step at which the curve is measured.
+        shown: batches of the held-out split, `BATCHES_A_POINT` for each point of the curve.
         fresh: batches of the held-out split for the final measurement.
     """
 
@@ -56,7 +67,7 @@ def draw(
     *ints: int,
     seed: int,
     num_steps: int,
-    num_shown: int,
+    num_points: int,
     num_fresh: int,
     split: str,
     held_out: str,
@@ -68,7 +79,10 @@ def draw(
         task = sample_task(family, num_steps, seed, i, *ints, split=split)
         shown, fresh = (
             sample_batches(family, task.config, n, seed, i, *ints, *key, split=held_out)
-            for n, key in ((num_shown, ()), (num_fresh, (_FRESH,)))
+            for n, key in (
+                (num_points * BATCHES_A_POINT, ()),
+                (num_fresh, (_FRESH,)),
+            )
         )
         rows.append(Draws(task, shown, fresh))
     return stack_tasks(rows, device)
@@ -88,7 +102,7 @@ def measure(
     Args:
         family, optimizer, opt_params: what is trained, and by what.
         at: increasing numbers of updates after which the held-out loss is taken, the last one T.
-        task, shown, fresh: of one seed, as in `Draws`; ``shown`` has one batch for each of ``at``.
+        task, shown, fresh: of one seed, as in `Draws`.
     """
     loss_fn = loss_of_task(family)
     params, hidden = task.model_params, None
@@ -107,7 +121,9 @@ def measure(
         params, hidden = run.params, run.hidden
         losses.append(run.losses)
         eval_params = optimizer.eval_params(opt_params, params, hidden)
-        held_out.append(loss_fn(eval_params, _item(shown, k), task.config))
+        some = range(k * BATCHES_A_POINT, (k + 1) * BATCHES_A_POINT)
+        values = [loss_fn(eval_params, _item(shown, i), task.config) for i in some]
+        held_out.append(torch.stack(values).mean(0))
     final, metrics = _final(family, task.config, eval_params, fresh)
     return Measured(torch.cat(losses), torch.stack(held_out), final, metrics)
 

@@ -47,7 +47,7 @@ def run(
     split: str = "train",
     held_out: str = "test",
     validation: str = "validation",
-    held_out_points: int = 60,
+    held_out_points: int = 40,
     final_batches: int = 16,
     chunk_size: int | None = None,
     on_phase: Callable[[str], None] | None = None,
@@ -74,7 +74,7 @@ def run(
         held_out: what is evaluated on.
         validation: what the baselines are tuned on.
         held_out_points: at how many steps, about evenly spaced in log, the held-out loss is taken
-            for the curve, each time on one fresh batch; a point costs a forward pass.
+            for the curve, each time on four fresh batches; a point costs four forward passes.
         final_batches: fresh batches for the final held-out loss and metrics.
         chunk_size: models trained at once by `torch.vmap`; None: all. With 1 nothing is vmapped:
             best for convolutions, which vmap over weights turns into slow ones.
@@ -130,7 +130,7 @@ def run(
             members,
             seed=seed,
             num_steps=num_steps,
-            num_shown=len(at),
+            num_points=len(at),
             num_fresh=final_batches,
             split=split,
             held_out=held_out,

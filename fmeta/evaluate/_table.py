@@ -25,11 +25,14 @@ def table(evaluation: Evaluation, title: str | None = None) -> Table:
     metrics = list(outcomes[first].metrics)
     counts = evaluation.reference is not None
     result = Table(
-        title=title and escape(title), caption=escape(_caption(evaluation)), box=box.SIMPLE
+        title=title and escape(title),
+        caption=escape(_caption(evaluation)),
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    result.add_column("optimizer")
+    result.add_column("optimizer", overflow="fold")
     for name in ("lr", "training", "held out", *metrics, *(("steps",) if counts else ()), "ratio"):
-        result.add_column(name, justify="right", no_wrap=name == "ratio")
+        result.add_column(name, justify="right", no_wrap=True)
     for name, outcome in outcomes.items():
         cells = ["" if outcome.lr is None else f"{outcome.lr:.3g}"]
         cells += [_loss(evaluation.summary(name, q).mean) for q in ("train_loss", "held_out_loss")]
@@ -45,8 +48,8 @@ def _caption(evaluation: Evaluation) -> str:
     """What the columns mean, and what must not be overlooked."""
     label = next(iter(evaluation.outcomes.values())).label
     lines = [
-        f"{evaluation.num_steps} steps, means of {evaluation.num_seeds} seeds. training: loss, last "
-        "tenth of the steps. held out: loss at the end, on fresh batches.",
+        f"{evaluation.num_steps} steps, means of {evaluation.num_seeds} seeds.",
+        "training: loss, mean of the last tenth of the steps. held out: at the end, fresh batches.",
         f"ratio: held-out loss of {label} over this one's, with its paired 95 % interval.",
     ]
     if evaluation.reference is not None:

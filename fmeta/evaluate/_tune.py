@@ -184,7 +184,7 @@ def _scores(
             _TUNING,
             seed=seed,
             num_steps=num_steps,
-            num_shown=1,
+            num_points=1,
             num_fresh=final_batches,
             split=splits[0],
             held_out=splits[1],

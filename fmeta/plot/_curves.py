@@ -1,15 +1,13 @@
-"""Figures."""
+"""Figures of any loss curves."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from io import BytesIO
-from pathlib import Path
 
 from torch import Tensor
 
-from fmeta import _files
+from fmeta.plot._figure import write
 
 __all__ = ["curves"]
 
@@ -30,8 +28,7 @@ def curves(
         title: above all panels.
         mark: ``(step, text)`` of a vertical line, such as the horizon of meta-training.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(5.6 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -48,6 +45,4 @@ def curves(
     axes[0].set_ylabel("loss (mean; band: all seeds)")
     axes[-1].legend(fontsize=8)
     figure.suptitle(title)
-    buffer = BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    _files.write_bytes(Path(path), buffer.getvalue())
+    write(path, figure)
