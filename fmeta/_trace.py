@@ -56,6 +56,45 @@ class Traced:
             module = make_fx(flat_fn)(*flat)
         except Exception:  # not recordable, or wrong: the function itself says what is wrong
             return None, None
-        module.graph.eliminate_dead_code()
-        module.recompile()
+        _simplify(module)
         return module, out[0]
+
+
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.detach.default,
+    torch.ops.aten._to_copy.default,
+}
+
+
+def _simplify(module: Any) -> None:
+    """Drops views that change nothing, which transforms leave behind by the hundred."""
+    for node in list(module.graph.nodes):
+        if node.target in _VIEWS and node.args and isinstance(node.args[0], torch.fx.Node):
+            before = node.args[0]
+            if _is_same(before, node) and not any(map(_edits, (*node.users, *before.users))):
+                node.replace_all_uses_with(before)
+                module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    a, b = a.meta.get("val"), b.meta.get("val")
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+        and (a.dtype, a.device) == (b.dtype, b.device)
+    )
+
+
+def _edits(node: Any) -> bool:
+    """Whether an operation works in place: then what it is given must be a tensor of its own."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
