@@ -1,4 +1,4 @@
-"""From the tasks' parts to one estimate: what diverged is left out, how sure is the rest."""
+"""From the tasks' own values and gradients to one estimate, without the tasks that diverged."""
 
 from __future__ import annotations
 
@@ -8,53 +8,68 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.estimators._contract import Estimate
 
-__all__ = ["find_diverged", "mean_over_tasks", "noise_ratio"]
+__all__ = ["first_bad_step", "mean_over_tasks", "squared_norm"]
 
 Tree = Any
 
 
-def find_diverged(*losses: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tasks with a loss that is not finite.
+def first_bad_step(*losses: Tensor | None) -> Tensor:
+    """The first step at which a task has a loss that is not finite.
 
     Args:
         *losses: ``(K, tasks, copies)`` each, or None.
 
     Returns:
-        ``(diverged, at)``, each ``(tasks,)``: whether, and the first such step or -1.
+        ``(tasks,)``, -1 for a task without such a step.
     """
     bad = torch.stack([~x.isfinite().all(-1) for x in losses if x is not None]).any(0)
-    diverged = bad.any(0)
-    return diverged, torch.where(diverged, bad.to(torch.int64).argmax(0), -1)
+    return torch.where(bad.any(0), bad.to(torch.int64).argmax(0), -1)
 
 
-def mean_over_tasks(parts: Tree, kept: Tensor) -> tuple[Tree, Tensor]:
-    """Mean of the tasks' gradients, and how far it stands out of its own noise.
+def mean_over_tasks(
+    values: Tensor, parts: Tree, bad_step: Tensor, metrics: dict[str, Tensor], *, group: int = 1
+) -> Estimate:
+    """Mean over the tasks that did not diverge, and how sure it is.
 
     Args:
-        parts: tree with leading dimension of tasks.
-        kept: ``(tasks,)``, which of them count.
+        values: the tasks' meta-losses, ``(tasks,)``.
+        parts: their gradients, a tree with leading dimension of tasks.
+        bad_step: of `first_bad_step`. A task also counts as diverged when its meta-loss or its
+            gradient is not finite.
+        metrics: further ones.
+        group: this many neighbours are no independent draws of the gradient, and enter its
+            standard error together.
 
     Returns:
-        ``(mean, ratio)``: the ratio is the norm of the mean over the norm of its standard error
-        (NaN for fewer than two tasks). Without any task the mean is NaN.
+        An `Estimate`; NaN when all diverged.
     """
+    finite = [x.reshape(len(x), -1).isfinite().all(1) for x in trees.leaves((values, parts))]
+    kept = torch.stack([bad_step < 0, *finite]).all(0)
     count = kept.sum()
 
-    def of(x: Tensor) -> Tensor:
-        return kept.reshape(-1, *(1,) * (x.ndim - 1))
+    def of_kept(x: Tensor) -> Tensor:
+        # Not times 0: what diverged may be NaN.
+        return torch.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
 
-    # Not times 0: what diverged may be NaN.
-    mean = trees.map(lambda x: torch.where(of(x), x, 0.0).sum(0) / count, parts)
-    spread = trees.map(lambda x, m: torch.where(of(x), x - m, 0.0), parts, mean)
-    variance = _square(spread) / (count - 1)
-    return mean, noise_ratio(mean, variance / count)
+    loss, grads = trees.map(lambda x: of_kept(x).sum(0) / count, (values, parts))
+    apart = trees.map(lambda x, m: of_kept(x - m).unflatten(0, (-1, group)).sum(1), parts, grads)
+    groups = kept.unflatten(0, (-1, group)).any(1).sum()
+    error = (squared_norm(apart) * groups / (groups - 1)).sqrt() / count
+    return Estimate(
+        loss,
+        grads,
+        {
+            **metrics,
+            "diverged": ~kept,
+            "diverged_at": bad_step,
+            "standard_error": error,
+            "signal_to_noise": squared_norm(grads).sqrt() / error,
+        },
+    )
 
 
-def noise_ratio(mean: Tree, variance: Tensor) -> Tensor:
-    """``||mean|| / sqrt(variance)``, the variance being the trace of the mean's covariance."""
-    return (_square(mean) / variance).sqrt()
-
-
-def _square(tree: Tree) -> Tensor:
+def squared_norm(tree: Tree) -> Tensor:
+    """Sum of the squares of all elements, a scalar in float64."""
     return torch.stack([x.double().square().sum() for x in trees.leaves(tree)]).sum()

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fmeta import trees
+from fmeta.optimizer import Optimizer, check_optimizer_type
+
 __all__ = [
     "Bind",
     "Estimate",
@@ -15,8 +18,11 @@ __all__ = [
     "bind_opt_params",
     "bound_pair",
     "check_horizon",
+    "check_meta_params",
+    "check_rule",
     "check_sizes",
     "last_loss",
+    "scored",
 ]
 
 Bind = Callable[[Any, Any], tuple[Any, Any]]
@@ -29,10 +35,20 @@ class Estimate(NamedTuple):
     Attributes:
         loss: scalar, over the tasks that did not diverge; NaN when all did.
         grads: like the meta-parameters, over the same tasks.
-        metrics: by name, tensors. Of all estimators of fmeta: ``"losses"``; ``"diverged"``
-            ``(tasks,)``, which tasks had a loss that is not finite and were left out;
-            ``"diverged_at"`` ``(tasks,)``, the first such step, or -1; ``"signal_to_noise"``, norm
-            of the mean gradient over that of its standard error over tasks.
+        metrics: tensors by name. All estimators of fmeta give
+
+            - ``"losses"``: of every inner step before its update;
+            - ``"diverged"`` ``(tasks,)``: which tasks had a loss, a meta-loss or a gradient that is
+              not finite, and were left out;
+            - ``"diverged_at"`` ``(tasks,)``: the first step of the estimate at which they had such
+              a loss, or -1;
+            - ``"drawn"`` ``(tasks, integers)``: with ``*drawn[i].tolist()`` after its number of
+              steps, `fmeta.tasks.sample_task` gives task i again (that which diverged, where one
+              estimate has several in the same place);
+            - ``"standard_error"``: the norm of the standard error of ``grads`` over tasks, NaN for
+              fewer than two;
+            - ``"signal_to_noise"``: the norm of ``grads`` over that;
+            - ``"family"`` ``(tasks,)``: for a mixture, which of its families a task is from.
     """
 
     loss: Tensor
@@ -72,8 +88,57 @@ def last_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) 
     return losses if evals is None else evals
 
 
+def scored(
+    score: MetaLoss, losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor
+) -> Tensor:
+    """Each step's part in the meta-loss, ``(K, tasks, copies)``.
+
+    Args:
+        score: the estimator's ``meta_loss``.
+        losses, evals: ``(K, tasks, copies)``.
+        t, horizon: ``(K, tasks)``.
+    """
+    values = score(losses, evals, t.unsqueeze(-1), horizon.unsqueeze(-1))
+    try:
+        return values.expand_as(losses)
+    except (RuntimeError, AttributeError):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"meta_loss must return a value for each step, of shape {tuple(losses.shape)} (steps, "
+            f"tasks, copies) or one that broadcasts to it, got {got}: do not take the mean in it"
+        ) from None
+
+
+def check_rule(optimizer: Optimizer) -> None:
+    """Raises unless this is an optimizer that needs nothing beside what inner training has."""
+    check_optimizer_type(optimizer, "optimizer")
+    others = sorted(optimizer.needs - {"loss", "num_steps"})
+    if others:
+        raise ValueError(
+            f"this optimizer needs {', '.join(others)}, but an estimator gives loss and num_steps "
+            "only: differentiate fmeta.unroll(..., extras=...) instead"
+        )
+
+
+def check_meta_params(meta_params: Any) -> None:
+    """Raises a TypeError that names a leaf that is no floating tensor, a ValueError for none."""
+    found = trees.leaves(meta_params)
+    if not found:
+        raise ValueError(
+            "meta_params holds no tensor, so there is nothing to learn: give the optimizer's "
+            "opt_params (hand-made ones have none but by fmeta.learn), or something of `bind`"
+        )
+    for i, x in enumerate(found):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"the meta-parameter at path {trees.paths(meta_params)[i]} is {kind}, not a "
+                "floating tensor: put what is not learned into `bind`"
+            )
+
+
 def check_sizes(**sizes: int | None) -> None:
-    """Raises a ValueError for a number below 1, or one that is no integer; None is not looked at."""
+    """Raises a ValueError for a number that is no integer above 0; None is not looked at."""
     for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{name} must be an integer, got {value!r}")

@@ -10,9 +10,27 @@ from torch import Tensor
 
 from fmeta._autodiff import grad_and_value
 from fmeta._unroll import Run, unroll
-from fmeta.estimators._contract import Bind, Estimate, Estimator, bind_opt_params
-from fmeta.optimizer import Optimizer, check_optimizer_type
-from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
+from fmeta.estimators._averages import first_bad_step, mean_over_tasks
+from fmeta.estimators._contract import (
+    Bind,
+    Estimate,
+    Estimator,
+    bind_opt_params,
+    bound_pair,
+    check_meta_params,
+    check_rule,
+    check_sizes,
+)
+from fmeta.estimators._mixture import over_families
+from fmeta.optimizer import Optimizer
+from fmeta.tasks import (
+    Mixture,
+    TaskFamily,
+    loss_of_task,
+    sample_batches,
+    sample_task,
+    stack_tasks,
+)
 from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["full"]
@@ -32,7 +50,7 @@ class FullState(NamedTuple):
 
 def full(
     optimizer: Optimizer,
-    family: TaskFamily,
+    family: TaskFamily | Mixture,
     *,
     num_tasks: int,
     horizon: int,
@@ -48,7 +66,8 @@ def full(
 
     Args:
         optimizer: the rule being learned, or the one under which something else is.
-        family: where the tasks come from.
+        family: where the tasks come from; of a `fmeta.tasks.mixture` each family gets its share
+            of the tasks.
         num_tasks: tasks an estimate averages over.
         horizon: inner steps T.
         bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; says what is
@@ -61,76 +80,83 @@ def full(
             ``"train"`` evaluates each batch after the step on it.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
         chunk_size: tasks that are worked on together, as in `torch.vmap`; None: all. Values are
-            the same up to rounding; convolutions are often faster by 8.
+            the same up to rounding; less memory, and convolutions are often faster by 8.
 
     Returns:
-        An `Estimator`. Task i of estimate k is a function of ``(seed, k, i)``. Metrics:
-        ``"losses"`` ``(num_tasks, T)``. Tasks are drawn on the CPU and moved to the device of
-        ``family.data`` (without data: of ``meta_params``).
+        An `Estimator`. Task i of estimate k is a function of ``(seed, k, i)``. Metrics are those
+        of `Estimate`, with ``"losses"`` ``(num_tasks, T)``. Tasks are drawn on the CPU and moved
+        to the device of ``family.data`` (without data: of ``meta_params``).
 
     Raises:
-        ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1.
+        ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
+            more than loss and horizon; fewer tasks than families.
+        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
     """
-    sizes = {"num_tasks": num_tasks, "horizon": horizon, "chunk_size": chunk_size}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    check_optimizer_type(optimizer, "optimizer")
-    bind = bind or bind_opt_params
-    score = meta_loss or _mean_loss
-    loss_fn = loss_of_task(family)
+    check_rule(optimizer)
+    check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
+    bind, score = bind or bind_opt_params, meta_loss or _mean_loss
 
-    def one(
-        meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
-    ) -> tuple[Tensor, Tensor]:
-        bound = bind(meta_params, config)
-        if not isinstance(bound, tuple) or len(bound) != 2:
-            raise ValueError(
-                f"bind must return (opt_params, model_params or None), got a {type(bound).__name__}"
+    def build(family: TaskFamily, num_tasks: int) -> Estimator:
+        loss_fn = loss_of_task(family)
+
+        def one(
+            meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
+        ) -> tuple[Tensor, Any]:
+            opt_params, start = bound_pair(bind, meta_params, config)
+            run = unroll(
+                optimizer,
+                loss_fn,
+                opt_params,
+                params if start is None else start,
+                batches,
+                loss_args=(config,),
+                first_order=first_order,
+                checkpoint=checkpoint,
+                mixed_mode=mixed_mode,
+                eval_batches=None if eval_split is None else eval_batches,
             )
-        opt_params, start = bound
-        run = unroll(
-            optimizer,
-            loss_fn,
-            opt_params,
-            params if start is None else start,
-            batches,
-            loss_args=(config,),
-            first_order=first_order,
-            checkpoint=checkpoint,
-            mixed_mode=mixed_mode,
-            eval_batches=None if eval_split is None else eval_batches,
+            return score(run), (run.losses, run.eval_losses)
+
+        of_tasks = torch.vmap(
+            lambda *args: grad_and_value(one, *args),
+            in_dims=(None, 0, 0, 0, 0),
+            chunk_size=chunk_size,
         )
-        return score(run), run.losses
 
-    def average(meta_params: Any, tasks: Any, shown: Any) -> tuple[Tensor, Tensor]:
-        scores, losses = torch.vmap(one, in_dims=(None, 0, 0, 0, 0), chunk_size=chunk_size)(
-            meta_params, tasks.config, tasks.model_params, tasks.batches, shown
-        )
-        return scores.mean(), losses
+        def init(meta_params: Any, seed: int) -> FullState:
+            check_meta_params(meta_params)
+            return FullState(int(seed), 0)
 
-    def init(meta_params: Any, seed: int) -> FullState:
-        return FullState(int(seed), 0)
+        def estimate(meta_params: Any, state: FullState) -> tuple[Estimate, FullState]:
+            check_meta_params(meta_params)
+            drawn = [(state.seed, state.step, i) for i in range(num_tasks)]
+            device = device_of_tasks(family, meta_params)
+            tasks = [sample_task(family, horizon, *ints) for ints in drawn]
+            stacked = stack_tasks(tasks, device)
+            shown = stacked.batches
+            if eval_split is not None:
+                seen = [
+                    sample_batches(family, task.config, horizon, *ints, split=eval_split)
+                    for task, ints in zip(tasks, drawn, strict=True)
+                ]
+                shown = stack_tasks(seen, device)
+            with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
+                parts, (values, (losses, evals)) = of_tasks(meta_params, *stacked, shown)
+                bad_step = first_bad_step(_by_step(losses), _by_step(evals))
+                metrics = {"losses": losses, "drawn": torch.tensor(drawn, device=device)}
+                estimate = mean_over_tasks(values, parts, bad_step, metrics)
+            return estimate, state._replace(step=state.step + 1)
 
-    def estimate(meta_params: Any, state: FullState) -> tuple[Estimate, FullState]:
-        ints = [(state.seed, state.step, i) for i in range(num_tasks)]
-        device = device_of_tasks(family, meta_params)
-        drawn = [sample_task(family, horizon, *i) for i in ints]
-        tasks = stack_tasks(drawn, device)
-        shown = tasks.batches
-        if eval_split is not None:
-            seen = [
-                sample_batches(family, task.config, horizon, *i, split=eval_split)
-                for task, i in zip(drawn, ints, strict=True)
-            ]
-            shown = stack_tasks(seen, device)
-        with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
-            grads, (loss, losses) = grad_and_value(average, meta_params, tasks, shown)
-        return Estimate(loss, grads, {"losses": losses}), state._replace(step=state.step + 1)
+        return Estimator(init, estimate)
 
-    return Estimator(init, estimate)
+    return over_families(build, family, num_tasks)
 
 
 def _mean_loss(run: Run) -> Tensor:
     losses: Tensor = run.eval_losses if isinstance(run.eval_losses, Tensor) else run.losses
     return losses.mean()
+
+
+def _by_step(losses: Any) -> Tensor | None:
+    """``(tasks, T)`` as ``(T, tasks, 1)``; None for no losses."""
+    return losses.T.unsqueeze(-1) if isinstance(losses, Tensor) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.estimators._averages import noise_ratio
+from fmeta.estimators._averages import squared_norm
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.random import fold_in
 from fmeta.tasks import Mixture, TaskFamily
@@ -25,12 +25,14 @@ def shares(total: int, weights: tuple[float, ...]) -> list[int]:
     """
     if total < len(weights):
         raise ValueError(
-            f"a mixture of {len(weights)} families needs at least as many tasks, got {total}"
+            f"a mixture of {len(weights)} families needs at least as many tasks (or particles), "
+            f"got {total}"
         )
-    exact = [w / sum(weights) * (total - len(weights)) for w in weights]
+    left = total - len(weights)
+    exact = [w / sum(weights) * left for w in weights]
     parts = [int(x) for x in exact]
-    order = sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])
-    for i in order[: total - len(weights) - sum(parts)]:
+    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])
+    for i in by_remainder[: left - sum(parts)]:
         parts[i] += 1
     return [1 + n for n in parts]
 
@@ -71,30 +73,31 @@ def over_families(
 
 def _mean(estimates: list[Estimate]) -> Estimate:
     """Weighted by the tasks that did not diverge."""
-    kept = torch.stack([(~e.metrics["diverged"]).sum() for e in estimates])
+    kept = torch.stack([(~e.metrics["diverged"]).sum() for e in estimates]).double()
     weights = kept / kept.sum()
 
+    def total(*terms: Tensor) -> Tensor:
+        # A family all of whose tasks diverged has NaN here and weight 0. No family has a weight
+        # when all have diverged, and then the sum is NaN as well.
+        kept_terms = [torch.where(w == 0, 0.0, x) for w, x in zip(weights, terms, strict=True)]
+        return torch.stack(kept_terms).sum(0)
+
     def mean(*xs: Tensor) -> Tensor:
-        # A family all of whose tasks diverged has NaN here, and weight 0.
-        terms = [torch.where(w > 0, w * x, 0.0) for w, x in zip(weights, xs, strict=True)]
-        return torch.stack(terms).sum(0).to(xs[0].dtype) + 0 * weights.sum().to(xs[0].dtype)
+        return total(*[(w * x).to(x.dtype) for w, x in zip(weights, xs, strict=True)])
 
-    grads = trees.map(mean, *[e.grads for e in estimates])
-    variances = [_variance(e) for e in estimates]
-    variance = mean(*[w * v for w, v in zip(weights, variances, strict=True)])
-    metrics: dict[str, Any] = {}
-    for name in estimates[0].metrics:
-        values = [e.metrics[name] for e in estimates]
-        if values[0].ndim:
-            axis = 1 if name == "losses" and values[0].ndim == 3 else 0
-            metrics[name] = torch.cat(values, axis)
-    sizes = torch.tensor([len(e.metrics["diverged"]) for e in estimates])
-    metrics["family"] = torch.arange(len(sizes)).repeat_interleave(sizes)
-    metrics["signal_to_noise"] = noise_ratio(grads, variance)
-    return Estimate(mean(*[e.loss for e in estimates]), grads, metrics)
-
-
-def _variance(estimate: Estimate) -> Tensor:
-    """Of the mean gradient, from its ratio to its standard error."""
-    square = torch.stack([x.double().square().sum() for x in trees.leaves(estimate.grads)]).sum()
-    return square / estimate.metrics["signal_to_noise"].square()
+    loss, grads = trees.map(mean, *[(e.loss, e.grads) for e in estimates])
+    errors = [e.metrics["standard_error"] for e in estimates]
+    error = total(*[(w * x).square() for w, x in zip(weights, errors, strict=True)]).sqrt()
+    device = loss.device
+    sizes = torch.tensor([len(e.metrics["diverged"]) for e in estimates], device=device)
+    metrics: dict[str, Any] = {
+        name: torch.cat([e.metrics[name] for e in estimates])
+        for name in ("diverged", "diverged_at", "drawn")
+    }
+    # (tasks, T), or (K, tasks, copies).
+    losses = [e.metrics["losses"] for e in estimates]
+    metrics["losses"] = torch.cat(losses, losses[0].ndim - 2)
+    metrics["family"] = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
+    metrics["standard_error"] = error
+    metrics["signal_to_noise"] = squared_norm(grads).sqrt() / error
+    return Estimate(loss, grads, metrics)

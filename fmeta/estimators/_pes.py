@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
     Estimate,
@@ -16,15 +18,25 @@ from fmeta.estimators._contract import (
     MetaLoss,
     bind_opt_params,
     check_horizon,
+    check_meta_params,
+    check_rule,
     check_sizes,
     last_loss,
+    scored,
 )
-from fmeta.estimators._averages import find_diverged, mean_over_tasks
 from fmeta.estimators._mixture import over_families
-from fmeta.estimators._trainings import Draws, Stepper, Trainings, first_trainings
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.estimators._trainings import (
+    Draws,
+    Stepper,
+    by_steps,
+    drawn_at,
+    idle,
+    trainings_of,
+    without_diverged,
+)
+from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
-from fmeta.tasks import TaskFamily
+from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["pes", "pes_gradient"]
@@ -38,7 +50,7 @@ class PESState(NamedTuple):
 
     Attributes:
         params, hidden: ``(tasks, 2, ...)``, the second dimension is (+, -).
-        config, t, horizon, drawn: of the tasks, ``(tasks, ...)``.
+        config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
         xi: sum of the perturbations that each training has seen, like ``meta_params`` with a
             leading dimension of tasks.
         step: estimates made.
@@ -58,7 +70,7 @@ class PESState(NamedTuple):
 
 def pes(
     optimizer: Optimizer,
-    family: Any,
+    family: TaskFamily | Mixture,
     *,
     num_tasks: int,
     horizon: int | Sequence[int],
@@ -107,29 +119,29 @@ def pes(
             ``family.loss`` or the rule are no pure functions of tensors.
 
     Returns:
-        An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics:
-        ``"losses"`` ``(K, tasks, 2)``; ``"signal_to_noise"``, the norm of the mean over tasks over
-        the norm of its standard error; ``"diverged"`` ``(tasks,)``, pairs with a loss that is not
-        finite, left out of loss and gradient and started anew in the next estimate;
-        ``"diverged_at"``, the first such step within the truncation, or -1; ``"drawn"``, the
-        integers with which `fmeta.tasks.sample_task` gives the task again.
+        An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
+        those of `Estimate`, with ``"losses"`` ``(K, tasks, 2)``; tasks of one particle enter the
+        standard error together. A pair that diverged begins anew in the next estimate.
 
     Raises:
-        ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks.
+        ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks,
+            an optimizer that needs more than loss and horizon; later, a ``meta_loss`` of another
+            shape.
+        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Reference:
         Vicol et al., "Unbiased gradient estimation in unrolled computation graphs with persistent
         evolution strategies" (2112.13835), algorithm 2; resets within a truncation as in
         google/learned_optimization.
     """
-    check_optimizer_type(optimizer, "optimizer")
+    check_rule(optimizer)
     particles = num_tasks if num_particles is None else num_particles
     check_sizes(
         num_tasks=num_tasks, truncation=truncation, num_particles=particles, chunk_size=chunk_size
     )
     check_horizon(horizon)
-    if not std > 0:
-        raise ValueError(f"std must be above 0, got {std}")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std must be positive and finite, got {std}")
     if num_tasks % particles:
         raise ValueError(
             f"num_tasks must be a multiple of num_particles, got {num_tasks} and {particles}"
@@ -138,16 +150,11 @@ def pes(
     each = num_tasks // particles
 
     def build(family: TaskFamily, particles: int) -> Estimator:
-        stepper = Stepper(
-            optimizer,
-            family,
-            bind or bind_opt_params,
-            evaluate=eval_split is not None,
-            chunk_size=chunk_size,
-            trace=trace,
-        )
+        evaluate = eval_split is not None
+        advance = by_steps(optimizer, family, evaluate=evaluate, chunk_size=chunk_size, trace=trace)
+        stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         draws = Draws(family, particles * each, horizon, truncation, eval_split, stagger)
-        return _of_family(draws, stepper, particles, each, std, score, perturb)
+        return _of_family(draws, stepper, particles, std, score, perturb)
 
     return over_families(build, family, particles)
 
@@ -156,64 +163,56 @@ def _of_family(
     draws: Draws,
     stepper: Stepper,
     particles: int,
-    each: int,
     std: float,
     score: MetaLoss,
     perturb: Callable[[Tree, int, int], Tree] | None,
 ) -> Estimator:
     family, num_tasks = draws.family, draws.num_tasks
+    each = num_tasks // particles
+
+    def normal(meta_params: Tree, seed: int, step: int, particle: int) -> Tree:
+        generator = fold_in(seed, step, particle, _PERTURBATION)
+        return trees.map(
+            lambda x: std * torch.randn(x.shape, generator=generator, dtype=x.dtype), meta_params
+        )
 
     def noise(meta_params: Tree, seed: int, step: int) -> Tree:
         """``(tasks, ...)``; the tasks of a particle share it."""
-        device = device_of_tasks(family, meta_params)
-
-        def normal(particle: int) -> Tree:
-            generator = fold_in(seed, step, particle, _PERTURBATION)
-            return trees.map(
-                lambda x: std * torch.randn(x.shape, generator=generator, dtype=x.dtype),
-                meta_params,
-            )
-
-        drawn = [perturb(meta_params, step, i) if perturb else normal(i) for i in range(particles)]
+        if perturb is None:
+            drawn = [normal(meta_params, seed, step, i) for i in range(particles)]
+        else:
+            drawn = [perturb(meta_params, step, i) for i in range(particles)]
+            for eps in drawn:
+                trees.match(meta_params, eps, "what perturb returned", allow_none=False)
         return trees.map(
-            lambda x: x.to(device or x.device).repeat_interleave(each, 0), trees.stack(drawn)
+            lambda x, e: e.to(x.device).repeat_interleave(each, 0), meta_params, trees.stack(drawn)
         )
 
     def init(meta_params: Tree, seed: int) -> PESState:
+        check_meta_params(meta_params)
         with torch.no_grad():
-            first = first_trainings(draws, stepper, meta_params, int(seed), 2)
+            trainings = idle(draws, stepper, meta_params, int(seed), 2)
             xi = trees.map(lambda x: x.new_zeros(num_tasks, *x.shape), meta_params)
-        return PESState(*first, xi, 0, int(seed))
+        return PESState(*trainings, xi, 0, int(seed))
 
     def estimate(meta_params: Tree, state: PESState) -> tuple[Estimate, PESState]:
-        device = device_of_tasks(family, meta_params)
-        now = Trainings(*state[: len(Trainings._fields)])
+        check_meta_params(meta_params)
+        now = trainings_of(state)
         with torch.no_grad():
-            plan = draws.plan(state.seed, state.step, now, device)
+            plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
             eps = noise(meta_params, state.seed, state.step)
             both = trees.map(lambda x, e: torch.stack([x + e, x - e], 1), meta_params, eps)
             after, losses, evals = stepper.run(both, now, plan)
-            t, steps = plan.t.unsqueeze(-1), plan.horizon.unsqueeze(-1)
-            values = score(losses, evals, t, steps).expand_as(losses)
-            diverged, diverged_at = find_diverged(losses, evals, values)
-            kept = ~diverged
-            safe = torch.where(kept.unsqueeze(-1), values, 0.0)
-            parts, xi = torch.vmap(pes_gradient)(
-                safe.movedim(1, 0), plan.is_new.movedim(1, 0), state.xi, eps
+            values = scored(score, losses, evals, plan.t, plan.horizon)
+            weighed, xi = torch.vmap(pes_gradient)(
+                values.movedim(1, 0), plan.is_new.movedim(1, 0), state.xi, eps
             )
-            grads, ratio = mean_over_tasks(trees.map(lambda x: x / (2 * std**2), parts), kept)
-            loss = safe.mean((0, 2)).sum() / kept.sum()
-            # What diverged is over: its next estimate begins with a fresh task.
-            after = after._replace(t=torch.where(diverged, after.horizon, after.t))
-        metrics = {
-            "losses": losses,
-            "signal_to_noise": ratio,
-            "diverged": diverged,
-            "diverged_at": diverged_at,
-            "drawn": now.drawn,
-        }
-        new = PESState(*after, xi, state.step + 1, state.seed)
-        return Estimate(loss, grads, metrics), new
+            parts = trees.map(lambda x: x / (2 * std**2), weighed)
+            bad_step = first_bad_step(losses, evals, values)
+            metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, bad_step, metrics, group=each)
+            after = without_diverged(after, estimate.metrics["diverged"])
+        return estimate, PESState(*after, xi, state.step + 1, state.seed)
 
     return Estimator(init, estimate)
 
@@ -227,11 +226,11 @@ def pes_gradient(
         losses: ``(K, 2)``, of (+, -).
         is_new: ``(K,)``, whether a fresh training begins with the step; its loss counts as new.
         accumulator: sum of the perturbations before this truncation.
-        eps: of this truncation, included the deviation.
+        eps: perturbation of this truncation, of deviation ``std``.
         mask: ``(K,)``, weights of the steps; default 1.
 
     Returns:
-        ``(part, accumulator)``.
+        ``(part, accumulator)``, the accumulator for the next truncation.
     """
     weight = torch.ones_like(losses[:, 0]) if mask is None else mask
     difference = (losses[:, 0] - losses[:, 1]) * weight / weight.sum()

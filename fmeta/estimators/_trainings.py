@@ -1,13 +1,14 @@
-"""Inner trainings in progress: drawn, advanced by a truncation, started anew when they are over.
+"""Inner trainings in progress: drawn, advanced by a truncation, begun anew when they are over.
 
 Estimators that work on a piece of inner training at a time keep these between two estimates.
 Everything that is random, and which training ends when, is settled on the CPU beforehand
-(`plan`); what is left is the same step over and over, for all trainings at once (`Stepper`).
+(`Draws.plan`); what is left is the same step over and over, for all trainings at once (`Stepper`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,31 +16,45 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._trace import Traced
-from fmeta._unroll import InnerState, inner_step
+from fmeta._unroll import InnerState, inner_step, unroll
 from fmeta.estimators._contract import Bind, bound_pair
 from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
 from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
 from fmeta.tasks._family import device_of_tasks
 
-__all__ = ["Draws", "Plan", "Stepper", "Trainings"]
+__all__ = [
+    "Advance",
+    "Draws",
+    "Plan",
+    "Stepper",
+    "Trainings",
+    "by_steps",
+    "by_unroll",
+    "drawn_at",
+    "idle",
+    "trainings_of",
+    "without_diverged",
+]
 
 Tree = Any
-Horizon = int | Sequence[int]
+Drawn = tuple[int, int, int, int]
+# advance(opt_params, params, hidden, config, batches, eval_batches) -> (params, hidden, losses,
+# eval_losses or None): some steps of all members; batches and losses are (steps, members, ...).
+Advance = Callable[..., tuple[Tree, Tree, Tensor, Tensor | None]]
 
-_HORIZON = 3  # after config, init and batches of `fmeta.tasks`: last of the integers of the draw
+_HORIZON, _STAGGER = 3, 5  # further uses of a task's integers, after those of `fmeta.tasks`
 
 
 class Trainings(NamedTuple):
-    """Inner trainings side by side: ``(tasks, copies, ...)``, copies of a task share its batches.
+    """Inner trainings side by side; the copies of a task share its batches.
 
     Attributes:
         params, hidden: of the models and their optimizers, ``(tasks, copies, ...)``.
         config: of the tasks, ``(tasks, ...)``.
         t: steps made, ``(tasks,)``; a training with ``t >= horizon`` is over.
         horizon: steps to make, ``(tasks,)``.
-        drawn: the integers ``(estimate, task, start)`` that with the seed fix a task: ``(tasks,
-            3)``.
+        drawn: the integers ``(seed, estimate, task, start)`` that fix a task, ``(tasks, 4)``.
     """
 
     params: Any
@@ -51,14 +66,13 @@ class Trainings(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Tasks that begin at step ``k`` of a truncation; ``index`` says in which places."""
+    """Trainings that begin at step ``k`` of a truncation; ``places`` says of which tasks."""
 
     k: int
-    index: Tensor
+    places: Tensor
     config: Any
     params: Any
     horizon: Tensor
-    drawn: Tensor
 
 
 class Plan(NamedTuple):
@@ -69,6 +83,7 @@ class Plan(NamedTuple):
         batches, eval_batches: leading dimensions ``(K, tasks)``; ``()`` for none.
         is_new: whether a task's training begins with step k, ``(K, tasks)``.
         t, horizon: of step k, ``(K, tasks)``.
+        drawn: the integers of the task at step k, ``(K, tasks, 4)``.
     """
 
     starts: list[Start]
@@ -77,10 +92,28 @@ class Plan(NamedTuple):
     is_new: Tensor
     t: Tensor
     horizon: Tensor
+    drawn: Tensor
+
+
+class Piece(NamedTuple):
+    """Steps of one training within a truncation; ``params`` only where it begins with them."""
+
+    is_new: bool
+    t: int
+    length: int
+    horizon: int
+    drawn: Drawn
+    config: Any
+    params: Any
+    batches: Any
+    eval_batches: Any
 
 
 class Draws:
-    """Draws tasks, batches and horizons, each from ``fold_in(seed, estimate, task, start, ...)``.
+    """Draws tasks, batches and horizons, each from integers ``(seed, estimate, task, start)``.
+
+    ``start`` counts the trainings that one estimate begins in the place of a task, from 1; with 0
+    the batches of a training that goes on are drawn.
 
     Args:
         family: where the tasks come from.
@@ -89,7 +122,7 @@ class Draws:
             one.
         truncation: steps K of an estimate.
         eval_split: the split of evaluation batches; None: none.
-        stagger: whether the first trainings end early, each at a multiple of K of its own, so that
+        stagger: whether the first trainings end early, each by a multiple of K of its own, so that
             later ones are not all at the same step.
     """
 
@@ -97,7 +130,7 @@ class Draws:
         self,
         family: TaskFamily,
         num_tasks: int,
-        horizon: Horizon,
+        horizon: int | Sequence[int],
         truncation: int,
         eval_split: str | None,
         stagger: bool,
@@ -106,137 +139,118 @@ class Draws:
         self.horizons = (horizon,) if isinstance(horizon, int) else tuple(horizon)
         self.eval_split, self.stagger = eval_split, stagger
 
-    def first(self, seed: int, device: torch.device | None) -> Start:
-        """The tasks of the start of all."""
-        drawn = [(0, i, 0) for i in range(self.num_tasks)]
-        return self._start(seed, 0, drawn, device)
-
-    def first_t(self, seed: int, horizon: Tensor) -> Tensor:
-        """Where the first trainings are taken to be: the later, the sooner they end."""
-        if not self.stagger:
-            return torch.zeros_like(horizon)
-        offsets = []
-        for i, steps in enumerate(horizon.tolist()):
-            pieces = max(1, steps // self.truncation)
-            pick = torch.randint(pieces, (), generator=fold_in(seed, i, _HORIZON))
-            offsets.append(int(pick) * self.truncation)
-        return torch.tensor(offsets, device=horizon.device)
-
     def plan(self, seed: int, step: int, now: Trainings, device: torch.device | None) -> Plan:
         """What happens in estimate ``step``, whose trainings begin as ``now``."""
-        starts: dict[int, list[tuple[int, int, int]]] = {}
-        rows, evals, clock = [], [], []
-        pairs = zip(now.t.tolist(), now.horizon.tolist(), strict=True)
-        for i, (t, horizon) in enumerate(pairs):
-            pieces, shown, steps, k, count = [], [], [], 0, 0
-            config = trees.map(lambda x, i=i: x[i].cpu(), now.config)
-            drawn = (step, i, 0)
-            while k < self.truncation:
-                if t >= horizon:
-                    count += 1
-                    drawn = (step, i, count)
-                    starts.setdefault(k, []).append(drawn)
-                    config = self.family.sample(fold_in(seed, *drawn, 0))
-                    t, horizon = 0, self._horizon(seed, drawn)
-                length = min(horizon - t, self.truncation - k)
-                args = (self.family, config, length, seed, *drawn)
-                pieces.append(sample_batches(*args))
-                if self.eval_split is not None:
-                    shown.append(sample_batches(*args, split=self.eval_split))
-                steps += [(t + j, horizon) for j in range(length)]
-                t, k = t + length, k + length
-            rows.append(_concatenated(pieces))
-            evals.append(_concatenated(shown) if shown else ())
-            clock.append(steps)
-        ticks = torch.tensor(clock, device=device).movedim(1, 0)
-        is_new = torch.zeros(ticks.shape[:2], dtype=torch.bool)
-        for k, drawn_here in starts.items():
-            is_new[k, [i for _, i, _ in drawn_here]] = True
+        configs = trees.map(lambda x: x.cpu(), now.config)
+        clock = zip(now.t.tolist(), now.horizon.tolist(), now.drawn.tolist(), strict=True)
+        starts: dict[int, list[tuple[int, Piece]]] = {}
+        batches, evals, ticks, names = [], [], [], []
+        for i, (t, horizon, drawn) in enumerate(clock):
+            config = trees.map(lambda x, i=i: x[i], configs)
+            pieces = list(self._pieces((seed, step, i), t, horizon, tuple(drawn), config))
+            k, times, named = 0, [], []
+            for piece in pieces:
+                if piece.is_new:
+                    starts.setdefault(k, []).append((i, piece))
+                for j in range(piece.length):
+                    times.append((piece.is_new and j == 0, piece.t + j, piece.horizon))
+                    named.append(piece.drawn)
+                k += piece.length
+            ticks.append(times)
+            names.append(named)
+            batches.append(_concatenated([p.batches for p in pieces]))
+            evals.append(_concatenated([p.eval_batches for p in pieces]))
+        is_new, when, horizons = torch.tensor(ticks, device=device).permute(2, 1, 0)
         return Plan(
-            [self._start(seed, k, starts[k], device) for k in sorted(starts)],
-            _by_step(stack_tasks(rows, device)),
-            _by_step(stack_tasks(evals, device)) if self.eval_split is not None else (),
-            is_new.to(device or "cpu"),
-            *ticks.unbind(-1),
+            [_start(k, starts[k], device) for k in sorted(starts)],
+            _by_step(stack_tasks(batches, device)),
+            _by_step(stack_tasks(evals, device)),
+            is_new.bool(),
+            when,
+            horizons,
+            torch.tensor(names, device=device).movedim(1, 0),
         )
 
-    def _horizon(self, seed: int, drawn: tuple[int, int, int]) -> int:
+    def first(self, seed: int, device: torch.device | None) -> Start:
+        """The trainings that the first estimate begins."""
+        tasks = []
+        for i in range(self.num_tasks):
+            drawn = (seed, 0, i, 1)
+            task = sample_task(self.family, 1, *drawn)
+            piece = Piece(True, 0, 1, self._horizon(drawn), drawn, *task, ())
+            tasks.append((i, piece))
+        return _start(0, tasks, device)
+
+    def _pieces(
+        self, ints: tuple[int, int, int], t: int, horizon: int, drawn: Any, config: Any
+    ) -> Iterator[Piece]:
+        """The trainings of one task through a truncation, one after the other."""
+        stream, params, start, k = (*ints, 0), None, 0, 0
+        while k < self.truncation:
+            is_new = t >= horizon
+            if is_new:
+                start += 1
+                stream = drawn = (*ints, start)
+                horizon = self._horizon(drawn)
+                t = self._first_t(drawn, horizon)
+            length = min(horizon - t, self.truncation - k)
+            if is_new:
+                config, params, batches = sample_task(self.family, length, *drawn)
+            else:
+                batches = sample_batches(self.family, config, length, *stream)
+            evals: Any = ()
+            if self.eval_split is not None:
+                split = self.eval_split
+                evals = sample_batches(self.family, config, length, *stream, split=split)
+            yield Piece(is_new, t, length, horizon, drawn, config, params, batches, evals)
+            t, k = t + length, k + length
+
+    def _horizon(self, drawn: Drawn) -> int:
         if len(self.horizons) == 1:
             return self.horizons[0]
-        pick = torch.randint(len(self.horizons), (), generator=fold_in(seed, *drawn, _HORIZON))
+        pick = torch.randint(len(self.horizons), (), generator=fold_in(*drawn, _HORIZON))
         return self.horizons[int(pick)]
 
-    def _start(
-        self, seed: int, k: int, drawn: list[tuple[int, int, int]], device: torch.device | None
-    ) -> Start:
-        tasks = stack_tasks([sample_task(self.family, 1, seed, *d) for d in drawn], device)
-        horizon = torch.tensor([self._horizon(seed, d) for d in drawn], device=device)
-        index = torch.tensor([i for _, i, _ in drawn], device=device)
-        numbers = torch.tensor(drawn, device=device)
-        return Start(k, index, tasks.config, tasks.model_params, horizon, numbers)
+    def _first_t(self, drawn: Drawn, horizon: int) -> int:
+        """Where a training is taken to be when it begins: the later, the sooner it ends."""
+        if not self.stagger or drawn[1] > 0 or drawn[3] > 1:
+            return 0
+        pieces = max(1, horizon // self.truncation)
+        pick = torch.randint(pieces, (), generator=fold_in(*drawn, _STAGGER))
+        return int(pick) * self.truncation
 
 
 class Stepper:
-    """Starts trainings and advances them, all members (tasks x copies) by one `vmap`.
+    """Begins trainings and advances them, all members (tasks x copies) at once.
 
     Args:
         optimizer: the rule that trains.
-        family: of the tasks.
         bind: of the estimator.
-        evaluate: whether each update is followed by an evaluation.
-        chunk_size: members worked on together; None: all.
-        trace: whether the step is recorded once as a flat list of operations and replayed.
+        advance: how steps are made, `by_steps` or `by_unroll`.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        family: TaskFamily,
-        bind: Bind,
-        *,
-        evaluate: bool,
-        chunk_size: int | None = None,
-        trace: bool = False,
-        first_order: bool | str = False,
-    ) -> None:
-        loss_fn = loss_of_task(family)
-        inner = inner_step(optimizer, loss_fn, first_order=first_order)
-        self.bind, self.optimizer = bind, optimizer
+    def __init__(self, optimizer: Optimizer, bind: Bind, advance: Advance) -> None:
+        self.optimizer, self.bind, self.advance = optimizer, bind, advance
 
-        def one(
-            opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batch: Tree, shown: Tree
-        ) -> tuple[Tree, Tree, Tensor, Any]:
-            state, metrics = inner(
-                opt_params, InnerState(params, hidden), batch, loss_args=(config,)
-            )
-            if not evaluate:
-                return state.params, state.hidden, metrics["loss"], ()
-            seen = optimizer.eval_params(opt_params, state.params, state.hidden)
-            return state.params, state.hidden, metrics["loss"], loss_fn(seen, shown, config)
-
-        self.step: Callable[..., Any] = torch.vmap(one, chunk_size=chunk_size)
-        if trace:
-            self.step = Traced(self.step)
-
-    def begin(self, meta_params: Tree, start: Start) -> tuple[Tree, Tree, Tree]:
-        """First parameters and hidden states of the tasks of ``start``.
+    def begin(self, meta_params: Tree, start: Start) -> tuple[Tree, Tree]:
+        """First parameters and hidden states of the trainings of ``start``.
 
         Args:
-            meta_params: ``(those tasks, copies, ...)``.
-            start: which tasks.
+            meta_params: ``(those trainings, copies, ...)``.
+            start: which trainings.
 
         Returns:
-            ``(opt_params, params, hidden)``, each ``(those tasks, copies, ...)``.
+            ``(params, hidden)``, each ``(those trainings, copies, ...)``.
         """
 
         def one(meta_params: Tree, config: Tree, params: Tree, horizon: Tensor) -> Any:
             opt_params, own = bound_pair(self.bind, meta_params, config)
             params = params if own is None else own
-            hidden = self.optimizer.init_hidden(opt_params, params, num_steps=horizon)
-            return opt_params, params, hidden
+            return params, self.optimizer.init_hidden(opt_params, params, num_steps=horizon)
 
         by_copy = torch.vmap(one, in_dims=(0, None, None, None))
-        return torch.vmap(by_copy)(meta_params, start.config, start.params, start.horizon)
+        params, hidden = torch.vmap(by_copy)(meta_params, start.config, start.params, start.horizon)
+        return params, hidden
 
     def run(
         self, meta_params: Tree, now: Trainings, plan: Plan
@@ -251,31 +265,36 @@ class Stepper:
         Returns:
             ``(trainings, losses, eval_losses)``, losses ``(K, tasks, copies)``.
         """
-        tasks, copies = trees.leaves(now.params)[0].shape[:2]
-        opt_params = self._bound(meta_params, now.config)
+        steps, tasks = plan.is_new.shape
+        copies = trees.leaves(meta_params)[0].shape[1]
+        batches, shown = (_spread(b, 1, copies) for b in (plan.batches, plan.eval_batches))
+        params, hidden, config = now[:3]
         losses, evals = [], []
         starts = {start.k: start for start in plan.starts}
-        members = lambda tree: trees.map(lambda x: x.flatten(0, 1), tree)  # noqa: E731
-        spread = lambda tree: trees.map(  # noqa: E731
-            lambda x: x.repeat_interleave(copies, 0), tree
-        )
-        theta, state = members(opt_params), (members(now.params), members(now.hidden))
-        config = spread(now.config)
-        batches, shown = _spread(plan.batches, copies), _spread(plan.eval_batches, copies)
-        for k in range(plan.is_new.shape[0]):
+        edges = sorted({0, steps, *starts})
+        for k, end in itertools.pairwise(edges):
             if k in starts:
-                now = self._restarted(meta_params, _gathered(now, state, tasks), starts[k])
-                theta = members(self._bound(meta_params, now.config))
-                state, config = (members(now.params), members(now.hidden)), spread(now.config)
-            batch, seen = (trees.map(lambda x, k=k: x[k], tree) for tree in (batches, shown))
-            params, hidden, loss, value = self.step(theta, *state, config, batch, seen)
-            state = params, hidden
-            losses.append(loss)
-            evals.append(value)
-        now = _gathered(now, state, tasks)._replace(t=plan.t[-1] + 1)
-        shape = (len(losses), tasks, copies)
-        shown_losses = torch.stack(evals).reshape(shape) if isinstance(evals[0], Tensor) else None
-        return now, torch.stack(losses).reshape(shape), shown_losses
+                params, hidden, config = self._begun(
+                    meta_params, (params, hidden, config), starts[k]
+                )
+            state, loss, value = self._advanced(
+                (self._bound(meta_params, config), params, hidden),
+                _spread(config, 0, copies),
+                *(trees.map(lambda x, k=k, end=end: x[k:end], b) for b in (batches, shown)),
+            )
+            params, hidden = trees.map(lambda x: x.unflatten(0, (tasks, copies)), state)
+            losses.append(loss.unflatten(1, (tasks, copies)))
+            if value is not None:
+                evals.append(value.unflatten(1, (tasks, copies)))
+        after = Trainings(params, hidden, config, plan.t[-1] + 1, plan.horizon[-1], plan.drawn[-1])
+        return after, torch.cat(losses), torch.cat(evals) if evals else None
+
+    def _advanced(
+        self, state: tuple[Tree, Tree, Tree], config: Tree, batches: Tree, shown: Tree
+    ) -> tuple[tuple[Tree, Tree], Tensor, Tensor | None]:
+        members = trees.map(lambda x: x.flatten(0, 1), state)
+        params, hidden, losses, evals = self.advance(*members, config, batches, shown)
+        return (params, hidden), losses, evals
 
     def _bound(self, meta_params: Tree, config: Tree) -> Tree:
         def one(meta_params: Tree, config: Tree) -> Tree:
@@ -283,20 +302,132 @@ class Stepper:
 
         return torch.vmap(torch.vmap(one, in_dims=(0, None)))(meta_params, config)
 
-    def _restarted(self, meta_params: Tree, now: Trainings, start: Start) -> Trainings:
-        mine = trees.map(lambda x: x[start.index], meta_params)
-        _, params, hidden = self.begin(mine, start)
-        new = (params, hidden, start.config, torch.zeros_like(start.horizon), *start[-2:])
-        return trees.map(lambda old, x: old.index_copy(0, start.index, x), now, Trainings(*new))
+    def _begun(self, meta_params: Tree, now: tuple[Tree, Tree, Tree], start: Start) -> Any:
+        params, hidden = self.begin(trees.map(lambda x: x[start.places], meta_params), start)
+        return trees.map(
+            lambda old, new: old.index_copy(0, start.places, new),
+            now,
+            (params, hidden, start.config),
+        )
 
 
-def _gathered(now: Trainings, state: tuple[Tree, Tree], tasks: int) -> Trainings:
-    params, hidden = trees.map(lambda x: x.unflatten(0, (tasks, -1)), state)
-    return now._replace(params=params, hidden=hidden)
+def by_steps(
+    optimizer: Optimizer,
+    family: TaskFamily,
+    *,
+    evaluate: bool,
+    chunk_size: int | None = None,
+    trace: bool = False,
+) -> Advance:
+    """Step after step without a graph; with ``trace`` recorded once and replayed."""
+    loss_fn = loss_of_task(family)
+    inner = inner_step(optimizer, loss_fn)
+
+    def one(
+        opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batch: Tree, shown: Tree
+    ) -> tuple[Tree, Tree, Tensor, Any]:
+        state, metrics = inner(opt_params, InnerState(params, hidden), batch, loss_args=(config,))
+        if not evaluate:
+            return state.params, state.hidden, metrics["loss"], ()
+        seen = optimizer.eval_params(opt_params, state.params, state.hidden)
+        return state.params, state.hidden, metrics["loss"], loss_fn(seen, shown, config)
+
+    step: Callable[..., Any] = torch.vmap(one, chunk_size=chunk_size)
+    if trace:
+        step = Traced(step)
+
+    def advance(
+        opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree
+    ) -> tuple[Tree, Tree, Tensor, Tensor | None]:
+        losses, evals = [], []
+        for k in range(len(trees.leaves(batches)[0])):
+            batch, seen = (trees.map(lambda x, k=k: x[k], b) for b in (batches, shown))
+            params, hidden, loss, value = step(opt_params, params, hidden, config, batch, seen)
+            losses.append(loss)
+            evals.append(value)
+        return params, hidden, torch.stack(losses), torch.stack(evals) if evaluate else None
+
+    return advance
 
 
-def _spread(batches: Tree, copies: int) -> Tree:
-    return trees.map(lambda x: x.repeat_interleave(copies, 1), batches)
+def by_unroll(
+    optimizer: Optimizer,
+    family: TaskFamily,
+    *,
+    evaluate: bool,
+    chunk_size: int | None = None,
+    **options: Any,
+) -> Advance:
+    """`fmeta.unroll` with these options, which can be differentiated."""
+    loss_fn = loss_of_task(family)
+
+    def one(
+        opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree
+    ) -> tuple[Tree, Tree, Tensor, Any]:
+        run = unroll(
+            optimizer,
+            loss_fn,
+            opt_params,
+            params,
+            batches,
+            loss_args=(config,),
+            hidden=hidden,
+            eval_batches=shown if evaluate else None,
+            **options,
+        )
+        return run.params, run.hidden, run.losses, run.eval_losses
+
+    several = torch.vmap(
+        one, in_dims=(0, 0, 0, 0, 1, 1), out_dims=(0, 0, 1, 1), chunk_size=chunk_size
+    )
+
+    def advance(*args: Tree) -> tuple[Tree, Tree, Tensor, Tensor | None]:
+        params, hidden, losses, evals = several(*args)
+        return params, hidden, losses, evals if evaluate else None
+
+    return advance
+
+
+def idle(draws: Draws, stepper: Stepper, meta_params: Tree, seed: int, copies: int) -> Trainings:
+    """Trainings that are over without a step, so that the first estimate begins all of them.
+
+    A training must begin within an estimate: how it begins can depend on the meta-parameters.
+    """
+    start = draws.first(seed, device_of_tasks(draws.family, meta_params))
+    spread = trees.map(lambda x: x.expand(draws.num_tasks, copies, *x.shape), meta_params)
+    params, hidden = stepper.begin(spread, start)
+    drawn = [(seed, 0, i, 1) for i in range(draws.num_tasks)]
+    horizon = start.horizon
+    return Trainings(
+        params, hidden, start.config, horizon, horizon, torch.tensor(drawn, device=horizon.device)
+    )
+
+
+def drawn_at(plan: Plan, bad_step: Tensor) -> Tensor:
+    """The integers of each task at step ``bad_step``, where that is -1 at the first step."""
+    tasks = torch.arange(len(bad_step), device=bad_step.device)
+    return plan.drawn[bad_step.clamp(min=0), tasks]
+
+
+def trainings_of(state: Any) -> Trainings:
+    """The trainings in an estimator's state, which has fields of the same names."""
+    return Trainings(*(getattr(state, name) for name in Trainings._fields))
+
+
+def without_diverged(trainings: Trainings, diverged: Tensor) -> Trainings:
+    """The same, but those that diverged are over: the next estimate begins others."""
+    return trainings._replace(t=torch.where(diverged, trainings.horizon, trainings.t))
+
+
+def _start(k: int, begun: list[tuple[int, Piece]], device: torch.device | None) -> Start:
+    config, params, horizon = stack_tasks(
+        [(p.config, p.params, torch.tensor(p.horizon)) for _, p in begun], device
+    )
+    return Start(k, torch.tensor([i for i, _ in begun], device=device), config, params, horizon)
+
+
+def _spread(tree: Tree, dim: int, copies: int) -> Tree:
+    return trees.map(lambda x: x.repeat_interleave(copies, dim), tree)
 
 
 def _by_step(batches: Tree) -> Tree:
@@ -304,18 +435,4 @@ def _by_step(batches: Tree) -> Tree:
 
 
 def _concatenated(pieces: list[Tree]) -> Tree:
-    if len(pieces) == 1:
-        return pieces[0]
-    return trees.map(lambda *xs: torch.cat(xs), *pieces)
-
-
-def first_trainings(
-    draws: Draws, stepper: Stepper, meta_params: Tree, seed: int, copies: int
-) -> Trainings:
-    """The trainings that an estimator begins with, none of which has made a step."""
-    device = device_of_tasks(draws.family, meta_params)
-    start = draws.first(seed, device)
-    spread = trees.map(lambda x: x.expand(draws.num_tasks, copies, *x.shape), meta_params)
-    _, params, hidden = stepper.begin(spread, start)
-    t = draws.first_t(seed, start.horizon)
-    return Trainings(params, hidden, start.config, t, start.horizon, start.drawn)
+    return pieces[0] if len(pieces) == 1 else trees.map(lambda *xs: torch.cat(xs), *pieces)

@@ -1,0 +1,177 @@
+"""Truncated backpropagation: the exact meta-gradient of pieces of long trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta._autodiff import grad_and_value
+from fmeta.estimators._averages import first_bad_step, mean_over_tasks
+from fmeta.estimators._contract import (
+    Bind,
+    Estimate,
+    Estimator,
+    MetaLoss,
+    bind_opt_params,
+    check_horizon,
+    check_meta_params,
+    check_rule,
+    check_sizes,
+    last_loss,
+    scored,
+)
+from fmeta.estimators._mixture import over_families
+from fmeta.estimators._trainings import (
+    Draws,
+    Stepper,
+    Trainings,
+    by_unroll,
+    drawn_at,
+    idle,
+    trainings_of,
+    without_diverged,
+)
+from fmeta.optimizer import Optimizer
+from fmeta.tasks import Mixture, TaskFamily
+from fmeta.tasks._family import device_of_tasks
+
+__all__ = ["truncated"]
+
+Tree = Any
+
+
+class TruncatedState(NamedTuple):
+    """Trainings in progress.
+
+    Attributes:
+        params, hidden: ``(tasks, 1, ...)``.
+        config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
+        step: estimates made.
+        seed: of the run.
+    """
+
+    params: Any
+    hidden: Any
+    config: Any
+    t: Tensor
+    horizon: Tensor
+    drawn: Tensor
+    step: int
+    seed: int
+
+
+def truncated(
+    optimizer: Optimizer,
+    family: TaskFamily | Mixture,
+    *,
+    num_tasks: int,
+    horizon: int | Sequence[int],
+    truncation: int,
+    bind: Bind | None = None,
+    meta_loss: MetaLoss | None = None,
+    eval_split: str | None = None,
+    stagger: bool = True,
+    first_order: bool | str = False,
+    checkpoint: str | int | None = None,
+    mixed_mode: bool = False,
+    chunk_size: int | None = None,
+) -> Estimator:
+    """Meta-gradient through a truncation of K steps of trainings that go on between estimates.
+
+    Memory and time of an estimate are those of K steps, however long the trainings are. What a
+    step does to the losses after its truncation is cut off, so the estimate is biased towards
+    what pays off at once; with ``truncation >= horizon`` it is exact. A training that is over
+    begins anew within the truncation, on a fresh task.
+
+    Args:
+        optimizer: the rule being learned, or the one under which something else is.
+        family: where the tasks come from; of a `fmeta.tasks.mixture` each family gets its share
+            of the tasks.
+        num_tasks: trainings side by side.
+        horizon: inner steps of a training, or several numbers of which each training gets one.
+        truncation: inner steps K of an estimate.
+        bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; says what is
+            learned. Default: ``meta_params`` are the optimizer's parameters; ``None`` means that
+            models start by ``family.init``. Learned initial parameters have a gradient in the
+            truncation that begins the training only.
+        meta_loss: ``meta_loss(losses, eval_losses, t, horizon)``, elementwise on tensors ``(K,
+            tasks, 1)``: a step's part in the meta-loss, of which the mean over steps counts.
+            Default: ``eval_losses`` with ``eval_split``, else ``losses``.
+        eval_split: the split from which a batch is evaluated after each inner step; None: none.
+        stagger: the first trainings end early, at different steps, so that later ones are not all
+            at the same point.
+        first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
+        chunk_size: tasks whose steps are made together, as in `torch.vmap`; None: all.
+
+    Returns:
+        An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
+        those of `Estimate`, with ``"losses"`` ``(K, tasks, 1)``. A training that diverged begins
+        anew in the next estimate.
+
+    Raises:
+        ValueError: numbers below 1, an optimizer that needs more than loss and horizon, an unknown
+            ``first_order``; later, a ``meta_loss`` of another shape.
+        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+
+    Reference:
+        Wu et al., "Understanding short-horizon bias in stochastic meta-optimization" (1803.02021),
+        on the bias.
+    """
+    check_rule(optimizer)
+    check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
+    check_horizon(horizon)
+    options: dict[str, Any] = {
+        "first_order": first_order,
+        "checkpoint": checkpoint,
+        "mixed_mode": mixed_mode,
+    }
+
+    def build(family: TaskFamily, num_tasks: int) -> Estimator:
+        advance = by_unroll(
+            optimizer,
+            family,
+            evaluate=eval_split is not None,
+            chunk_size=chunk_size,
+            **options,
+        )
+        stepper = Stepper(optimizer, bind or bind_opt_params, advance)
+        draws = Draws(family, num_tasks, horizon, truncation, eval_split, stagger)
+        return _of_family(draws, stepper, meta_loss or last_loss)
+
+    return over_families(build, family, num_tasks)
+
+
+def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
+    family = draws.family
+
+    def init(meta_params: Tree, seed: int) -> TruncatedState:
+        check_meta_params(meta_params)
+        with torch.no_grad():
+            return TruncatedState(*idle(draws, stepper, meta_params, int(seed), 1), 0, int(seed))
+
+    def estimate(meta_params: Tree, state: TruncatedState) -> tuple[Estimate, TruncatedState]:
+        check_meta_params(meta_params)
+        now = trainings_of(state)
+
+        def total(meta_params: Tree, now: Trainings) -> tuple[Tensor, Any]:
+            after, losses, evals = stepper.run(meta_params, now, plan)
+            values = scored(score, losses, evals, plan.t, plan.horizon)
+            return values.mean((0, 2)).sum(), (after, losses, evals, values)
+
+        with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
+            plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
+            # Each task has meta-parameters of its own, so the gradient of the sum is that of each.
+            own = trees.map(lambda x: x.expand(draws.num_tasks, 1, *x.shape), meta_params)
+            parts, (_, (after, losses, evals, values)) = grad_and_value(total, own, now)
+            bad_step = first_bad_step(losses, evals, values)
+            metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
+            parts = trees.map(lambda x: x.squeeze(1), parts)
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, bad_step, metrics)
+            after = without_diverged(after, estimate.metrics["diverged"])
+        return estimate, TruncatedState(*after, state.step + 1, state.seed)
+
+    return Estimator(init, estimate)
