@@ -89,11 +89,20 @@ def _header(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of fmeta.meta_train: give the folder of one; weights alone "
             "are loaded by fmeta.pretrained.load"
         )
-    header = json.loads(metadata[_KEY])
-    if header["format"] != _FORMAT:
+    try:
+        header = json.loads(metadata[_KEY])
+        version, whole = header["format"], {"about", "numbers"} <= header.keys()
+    except (ValueError, TypeError, KeyError):
+        version, whole = _FORMAT, False
+    if version != _FORMAT:
         raise ValueError(
-            f"{path} has format {header['format']!r}, but this version reads {_FORMAT}: resume "
-            "with the version that wrote it"
+            f"{path} has format {version!r}, but this version reads {_FORMAT}: resume with the "
+            "version that wrote it"
+        )
+    if not whole:
+        raise ValueError(
+            f"{path} has a header that is damaged: put back a copy of it, or delete it and start "
+            "again"
         )
     return dict(header)
 

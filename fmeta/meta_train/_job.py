@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from fmeta import _files, pretrained
 from fmeta.estimators import Estimator
 from fmeta.meta_train import _checkpoint, _loop
-from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, run_folder
+from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, read_object, run_folder
 
 __all__ = ["Recipe", "run_job"]
 
@@ -69,7 +69,7 @@ def run_job(
     with run_folder(Path(config.out) / config.name, values) as folder:
         if (folder / RESULTS).exists():
             say(f"the run in {folder} is finished: nothing to do")
-            return dict(_files.read_json(folder / RESULTS))
+            return read_object(folder / RESULTS)
         made = recipe(config)
         result = _meta_train(made, folder, values, on_step, say)
         pretrained.save(folder / WEIGHTS, made.rule_name, result.meta_params, **made.rule_arguments)

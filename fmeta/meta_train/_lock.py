@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fmeta import _files
+
 try:
     import fcntl
 except ImportError:  # no POSIX system: folders are not locked there
@@ -44,12 +46,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with _files.naming(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, path):
-                os.ftruncate(file, 0)
-                os.write(file, f"{os.getpid()}\n".encode())
+                with _files.naming(path):
+                    os.ftruncate(file, 0)
+                    os.write(file, f"{os.getpid()}\n".encode())
                 return file
         except BlockingIOError:
             pid = os.read(file, 32).decode(errors="replace").strip() or "unknown"

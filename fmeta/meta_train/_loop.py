@@ -255,6 +255,7 @@ class _Loop:
             return self.go(state)
         _files.by_path(state)  # raises where it cannot be saved, before any work
         with locked(_files.writable_folder(folder)):
+            _files.remove_leftovers(Path(folder))
             path = Path(folder) / _checkpoint.NAME
             if path.exists():
                 raise FileExistsError(

@@ -10,7 +10,7 @@ from typing import Any
 from fmeta import _files
 from fmeta.meta_train._lock import locked
 
-__all__ = ["CONFIG", "METRICS", "RESULTS", "WEIGHTS", "run_folder"]
+__all__ = ["CONFIG", "METRICS", "RESULTS", "WEIGHTS", "read_object", "run_folder"]
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 WEIGHTS, RESULTS = "weights.safetensors", "results.json"
@@ -52,6 +52,18 @@ def run_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
         yield folder
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """What a run wrote as a JSON object.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    found = _files.read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not what the run wrote: put back a copy of it, or delete it")
+    return found
+
+
 def _check_empty(folder: Path) -> None:
     for name in (CONFIG, METRICS, WEIGHTS, RESULTS, "checkpoint"):
         if (folder / name).exists():
@@ -62,9 +74,7 @@ def _check_empty(folder: Path) -> None:
 
 
 def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
-    before = _files.read_json(folder / CONFIG)
-    if not isinstance(before, dict):
-        raise ValueError(f"{folder / CONFIG} is not the configuration of a run")
+    before = read_object(folder / CONFIG)
     changed = [k for k in config if k not in _WHERE and before.get(k) != _plain(config[k])]
     if changed:
         raise ValueError(

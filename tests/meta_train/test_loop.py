@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmeta
@@ -49,6 +49,7 @@ def stopping_at(noisy, place, stop):
     }
 
 
+@settings(max_examples=10)
 @given(
     stops=st.lists(st.integers(0, 11), min_size=1, max_size=3),
     averaging=st.sampled_from([None, 0.0, 0.5]),

@@ -1,0 +1,41 @@
+"""Diverged tasks are counted and named."""
+
+import pytest
+import torch
+
+from fmeta.meta_train import describe_diverged
+from fmeta.meta_train._diverged import diverged_tasks
+
+FLAGS = torch.tensor([False, True, False, True])
+AT = torch.tensor([-1, 20, -1, 0])
+
+
+def test_an_estimator_that_does_not_report_gives_nothing():
+    assert diverged_tasks({"losses": torch.ones(3)}) == {}
+
+
+def test_none_diverged_is_a_share_of_zero():
+    assert diverged_tasks({"diverged": torch.zeros(4, dtype=torch.bool)}) == {"diverged": 0.0}
+
+
+def test_those_that_did_are_named_with_their_inner_steps():
+    got = diverged_tasks({"diverged": FLAGS, "diverged_at": AT})
+    assert got == {"diverged": 0.5, "diverged_tasks": [[1, 20], [3, 0]]}
+
+
+def test_an_unknown_inner_step_is_minus_one():
+    assert diverged_tasks({"diverged": FLAGS})["diverged_tasks"] == [[1, -1], [3, -1]]
+
+
+@pytest.mark.parametrize("share", [{}, {"diverged": 0.0}])
+def test_there_is_nothing_to_say_when_none_did(share):
+    assert describe_diverged({"step": 0, **share}) == ""
+
+
+def test_a_sentence_names_a_few():
+    flags = torch.ones(7, dtype=torch.bool)
+    metrics = {"step": 2, **diverged_tasks({"diverged": flags, "diverged_at": torch.arange(7)})}
+    assert describe_diverged(metrics, most=2) == (
+        "outer step 2: 7 of 7 tasks diverged and are left out: "
+        "task 0 at inner step 0, task 1 at inner step 1, ..."
+    )
