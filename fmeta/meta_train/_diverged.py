@@ -12,18 +12,27 @@ def diverged_tasks(found: Mapping[str, Any]) -> dict[str, Any]:
     """What an outer step's metrics say about diverged tasks.
 
     Args:
-        found: metrics of an `Estimate`; with ``"diverged"``, booleans of shape ``(num_tasks,)``,
-            and where it is known ``"diverged_at"``, the inner step of each or -1.
+        found: metrics of an `Estimate`: ``"diverged"``, booleans ``(tasks,)``, and where known
+            ``"diverged_at"``, the inner step of each or -1, and ``"drawn"`` ``(tasks, integers)``.
 
     Returns:
         ``{}`` when the estimator does not report it; else ``"diverged"``, their share, and, when
-        there are some, ``"diverged_tasks"``, a list of ``[task, inner step or -1]``.
+        there are some, ``"diverged_tasks"``: for each ``{"task": i}`` with ``"inner_step"`` and
+        ``"drawn"`` where they are known.
     """
     if "diverged" not in found:
         return {}
     flags = found["diverged"].reshape(-1).tolist()
-    at = found["diverged_at"].reshape(-1).tolist() if "diverged_at" in found else [-1] * len(flags)
-    named = [[task, int(at[task])] for task, flag in enumerate(flags) if flag]
+    columns = {
+        name: found[key].tolist()
+        for name, key in (("inner_step", "diverged_at"), ("drawn", "drawn"))
+        if key in found
+    }
+    named = [
+        {"task": i, **{k: v[i] for k, v in columns.items() if v[i] != -1}}
+        for i, flag in enumerate(flags)
+        if flag
+    ]
     share = {"diverged": len(named) / max(1, len(flags))}
     return {**share, "diverged_tasks": named} if named else share
 
@@ -36,16 +45,25 @@ def describe(metrics: Mapping[str, Any], *, most: int = 3) -> str:
         most: tasks that are named.
 
     Example:
-        >>> describe({"step": 7, "diverged": 0.5, "diverged_tasks": [[1, 20], [3, -1]]})
-        'outer step 7: 2 of 4 tasks diverged and are left out: task 1 at inner step 20, task 3'
+        >>> tasks = [{"task": 1, "inner_step": 20, "drawn": [0, 7, 1]}, {"task": 3}]
+        >>> describe({"step": 7, "diverged": 0.5, "diverged_tasks": tasks})
+        'outer step 7: 2 of 4 tasks diverged: task 1 at inner step 20 (drawn from 0, 7, 1), task 3'
     """
     named = metrics.get("diverged_tasks", [])
     if not named:
         return ""
     total = round(len(named) / metrics["diverged"])
-    where = [f"task {i}" + (f" at inner step {at}" if at >= 0 else "") for i, at in named[:most]]
+    where = [_name(task) for task in named[:most]]
     rest = ["..."] if len(named) > most else []
-    return (
-        f"outer step {metrics['step']}: {len(named)} of {total} tasks diverged and are left out: "
-        + ", ".join(where + rest)
+    return f"outer step {metrics['step']}: {len(named)} of {total} tasks diverged: " + ", ".join(
+        where + rest
     )
+
+
+def _name(task: Mapping[str, Any]) -> str:
+    text = f"task {task['task']}"
+    if "inner_step" in task:
+        text += f" at inner step {task['inner_step']}"
+    if "drawn" in task:
+        text += f" (drawn from {', '.join(map(str, task['drawn']))})"
+    return text

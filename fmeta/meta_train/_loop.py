@@ -70,8 +70,9 @@ def run(
 
     Args:
         estimator: gives ``(Estimate(loss, grads, metrics), state)``. Tasks that diverge it leaves
-            out of both itself, and reports: ``metrics["diverged"]``, booleans ``(num_tasks,)``,
-            and ``metrics["diverged_at"]``, their inner steps or -1.
+            out of both itself, and reports: ``metrics["diverged"]``, booleans ``(tasks,)``,
+            ``metrics["diverged_at"]``, their inner steps or -1, and ``metrics["drawn"]``, the
+            integers that `fmeta.tasks.sample_task` makes each from.
         meta_params: what is learned, at its start; the caller's initialisation. The outer steps
             are not recorded for differentiation, also where these require a gradient.
         outer: any `Optimizer`, hand-made or learned; clipping and schedules are combinators.
@@ -103,9 +104,8 @@ def run(
 
         Metrics of an outer step are ``"step"``, ``"meta_loss"``, ``"meta_grad_norm"`` and, where
         there is one, ``"signal_to_noise"`` of the meta-gradient, ``"diverged"`` (share of the
-        tasks), ``"diverged_tasks"`` (a list of ``[task, inner step]``: task i of outer step k is a
-        function of ``(seed, k, i)``), ``"skipped"`` (the how-manieth in a row),
-        ``"validation"``.
+        tasks), ``"diverged_tasks"`` (a list of dicts with ``"task"``, ``"inner_step"`` and
+        ``"drawn"``), ``"skipped"`` (which in a row this one is), ``"validation"``.
 
     Raises:
         FloatingPointError: ``max_skipped`` skipped outer steps in a row, or an outer optimizer

@@ -34,7 +34,7 @@ def test_the_log_holds_the_history(noisy, tmp_path):
     path = tmp_path / "m.jsonl"
     result = run(noisy({1: {0: 3}}), W, outer=SGD, num_steps=4, log=path)
     assert rows(path) == result.history
-    assert rows(path)[1]["diverged_tasks"] == [[0, 3]]
+    assert rows(path)[1]["diverged_tasks"] == [{"task": 0, "inner_step": 3}]
 
 
 def test_wall_clock_seconds_are_in_a_file_of_their_own(noisy, tmp_path):
@@ -150,7 +150,7 @@ def test_tensorboard_gets_the_scalars_from_the_step_gone_on_from(tmp_path, monke
     module.SummaryWriter = lambda *args, **kw: made.append(Writer(*args, **kw)) or made[-1]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     with StepLog(None, tmp_path / "board", 3) as log:
-        log.write({"step": 3, "meta_loss": 0.5, "diverged_tasks": [[0, 1]]}, 2.0)
+        log.write({"step": 3, "meta_loss": 0.5, "diverged_tasks": [{"task": 0}]}, 2.0)
     (writer,) = made
     assert (writer.folder, writer.purge_step, writer.closed) == (str(tmp_path / "board"), 3, True)
     assert writer.seen == [("meta_loss", 0.5, 3), ("seconds", 2.0, 3)]

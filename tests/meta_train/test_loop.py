@@ -215,7 +215,7 @@ def test_the_metrics_of_a_step_are_plain_and_name_what_diverged(noisy):
     assert seen[0].keys() == {"step", "meta_loss", "meta_grad_norm", "signal_to_noise", "diverged"}
     assert (seen[0]["diverged"], seen[0]["signal_to_noise"]) == (0.0, 2.0)
     assert seen[1]["diverged"] == 0.5
-    assert seen[1]["diverged_tasks"] == [[0, -1], [2, 7]]
+    assert seen[1]["diverged_tasks"] == [{"task": 0}, {"task": 2, "inner_step": 7}]
 
 
 def test_the_norm_is_of_all_leaves_and_leaves_without_gradient_do_not_count():
