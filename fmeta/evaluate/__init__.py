@@ -3,7 +3,7 @@
 from fmeta.evaluate._baselines import BASELINES, Baseline, cosine, get_baselines
 from fmeta.evaluate._compare import Curves, compare
 from fmeta.evaluate._evaluation import Band, Evaluation, Outcome
-from fmeta.evaluate._json import load, save
+from fmeta.evaluate._json import Results, load
 from fmeta.evaluate._run import run
 from fmeta.evaluate._statistics import (
     Difference,
@@ -22,6 +22,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Outcome",
+    "Results",
     "Search",
     "Summary",
     "compare",
@@ -31,7 +32,6 @@ __all__ = [
     "load",
     "paired_difference",
     "run",
-    "save",
     "search_rates",
     "steps_to_reach",
     "tune",

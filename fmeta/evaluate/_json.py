@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,33 +17,44 @@ from fmeta import _files
 from fmeta.evaluate._evaluation import Band, Evaluation, Outcome
 from fmeta.evaluate._tune import Search
 
-__all__ = ["from_dict", "load", "save", "to_dict"]
+__all__ = ["Results", "from_dict", "load", "to_dict"]
 
 _FORMAT = 1
 _DIGITS = 6  # of curves; finer than a pixel
 
 
-def save(path: str | os.PathLike[str], evaluations: Mapping[str, Evaluation], **more: Any) -> None:
-    """Writes evaluations as one JSON file, atomically.
+class Results(NamedTuple):
+    """Evaluations that belong into one file and one figure.
 
-    Args:
-        path: a ``.json`` file.
-        evaluations: by title, such as ``"5 times the horizon"``.
-        **more: further plain values to keep beside them.
+    Attributes:
+        evaluations: `Evaluation` by title, such as ``"5 times the horizon"``.
+        title: of the figure.
+        mark: ``(step, text)`` to mark in it, such as the horizon of meta-training; or None.
     """
-    value = {
-        "format": _FORMAT,
-        **more,
-        "evaluations": {title: to_dict(e) for title, e in evaluations.items()},
-    }
-    text = json.dumps(value, indent=1, allow_nan=False)
-    # A list of numbers stands on one line.
-    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: " ".join(m[0].split()), text)
-    _files.write_text(path, text + "\n")
+
+    evaluations: dict[str, Evaluation]
+    title: str
+    mark: tuple[int, str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; further entries may be added to them."""
+        return {
+            "format": _FORMAT,
+            "title": self.title,
+            "mark": None if self.mark is None else list(self.mark),
+            "evaluations": {title: to_dict(e) for title, e in self.evaluations.items()},
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes them as a JSON file, atomically."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        # A list of numbers stands on one line.
+        text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: " ".join(m[0].split()), text)
+        _files.write_text(path, text + "\n")
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Evaluation]:
-    """Reads the evaluations that `save` wrote, by title.
+def load(path: str | os.PathLike[str]) -> Results:
+    """Reads a JSON file of `Results`, whatever else it holds.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,14 +67,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Evaluation]:
     except ValueError:  # of the text, or of its encoding
         raise ValueError(f"{path} is not a whole JSON file: evaluate again") from None
     if not isinstance(value, dict) or not isinstance(value.get("evaluations"), dict):
-        raise ValueError(f"{path} holds no evaluations: was it written by fmeta.evaluate.save?")
+        raise ValueError(f"{path} holds no evaluations: it is not a file of fmeta.evaluate.Results")
     if value.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has format {value.get('format')!r}, but this version reads {_FORMAT}"
         )
+    mark = value.get("mark")
     try:
-        return {title: from_dict(e) for title, e in value["evaluations"].items()}
-    except ValueError as error:
+        found = {title: from_dict(e) for title, e in value["evaluations"].items()}
+        return Results(found, str(value.get("title", "")), None if mark is None else (*mark,))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

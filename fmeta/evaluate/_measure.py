@@ -149,7 +149,7 @@ def _item(batches: Any, k: int) -> Any:
 def over_leading(fn: Callable[..., Any], *args: Any) -> Any:
     """``fn`` for each member along the leading dimension of ``args``, by `torch.vmap`.
 
-    A single member is run as it is: a vmapped convolution is many times slower than a plain one.
+    A single member is run as it is, for models that `vmap` cannot run.
     """
     if trees.leaves(args)[0].shape[0] > 1:
         return torch.vmap(fn)(*args)

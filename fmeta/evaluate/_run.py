@@ -76,8 +76,8 @@ def run(
         held_out_points: at how many steps, about evenly spaced in log, the held-out loss is taken
             for the curve, each time on four fresh batches; a point costs four forward passes.
         final_batches: fresh batches for the final held-out loss and metrics.
-        chunk_size: models trained at once by `torch.vmap`; None: all. With 1 nothing is vmapped:
-            best for convolutions, which vmap over weights turns into slow ones.
+        chunk_size: models trained at once by `torch.vmap`; None: all. Fewer take less memory; with
+            1 nothing is vmapped, for models that cannot be.
         on_phase: called with a line of text as each optimizer begins.
 
     Returns:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmeta.evaluate._measure import draw, groups, measure, over_leading
+from fmeta import trees
+from fmeta.evaluate._measure import Draws, draw, groups, measure, over_leading
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily
 from fmeta.tasks._family import device_of_tasks
@@ -176,6 +177,12 @@ def _scores(
 ) -> list[float]:
     device = device_of_tasks(family)
     total = torch.zeros(len(rates), dtype=torch.float64)
+
+    def score(lr: Tensor, task: Any, shown: Any, fresh: Any) -> Tensor:
+        found = measure(family, build(lr), {}, [num_steps], task, shown, fresh)
+        diverged = ~found.train.isfinite().all() | ~found.final.isfinite()
+        return torch.where(diverged, torch.inf, found.final)
+
     per_seed = None if chunk_size is None else max(1, chunk_size // len(rates))
     for members in groups(num_seeds, per_seed):
         drawn = draw(
@@ -190,18 +197,16 @@ def _scores(
             held_out=splits[1],
             device=device,
         )
-
-        def of_rate(lr: Tensor, drawn: Any = drawn) -> Tensor:
-            def of_seed(task: Any, shown: Any, fresh: Any) -> Tensor:
-                found = measure(family, build(lr), {}, [num_steps], task, shown, fresh)
-                diverged = ~found.train.isfinite().all() | ~found.final.isfinite()
-                return torch.where(diverged, torch.inf, found.final)
-
-            scores: Tensor = over_leading(of_seed, *drawn)
-            return scores.sum()
-
         for part in groups(len(rates), chunk_size):
             some = torch.tensor([rates[i] for i in part], device=device)
             with torch.no_grad():
-                total[list(part)] += over_leading(of_rate, some).double().cpu()
+                scores = over_leading(score, *_pairs(some, drawn))
+            total[list(part)] += scores.double().cpu().reshape(len(part), -1).sum(1)
     return (total / num_seeds).tolist()
+
+
+def _pairs(rates: Tensor, drawn: Draws) -> Any:
+    """Every rate with every seed, along one dimension: vmaps within each other are slower."""
+    count = trees.leaves(drawn)[0].shape[0]
+    tiled = trees.map(lambda x: x.repeat(len(rates), *(1,) * (x.ndim - 1)), drawn)
+    return rates.repeat_interleave(count), *tiled

@@ -28,6 +28,7 @@ def evaluations(
     *,
     title: str,
     mark: tuple[int, str] | None = None,
+    training: bool = True,
 ) -> None:
     """Draws loss curves, mean and range over seeds on log axes, and writes the figure atomically.
 
@@ -40,15 +41,16 @@ def evaluations(
         found: `fmeta.evaluate.Evaluation` by title.
         title: above all panels.
         mark: ``(step, text)`` of a vertical line, such as the horizon of meta-training.
+        training: whether the first evaluation's training loss has a panel.
 
     Raises:
         ValueError: when there is nothing to draw.
     """
     if not found:
         raise ValueError("there are no evaluations to draw")
-    (name, first), *others = found.items()
-    panels = [(f"{name}: training", first, "train"), (f"{name}: held out", first, "held_out")]
-    panels += [(f"{other}: held out", e, "held_out") for other, e in others]
+    name, first = next(iter(found.items()))
+    panels = [(f"{name}: training", first, "train")] if training else []
+    panels += [(f"{each}: held out", e, "held_out") for each, e in found.items()]
     styles = _styles(found)
     figure, axes = grid_of_axes(len(panels))
     for axis, (label, evaluation, quantity) in zip(axes, panels, strict=True):
