@@ -1,7 +1,10 @@
 """The command line: everything is written, nothing is overwritten, errors are sentences."""
 
+import errno
 import json
+import os
 import signal
+import sys
 
 import pytest
 
@@ -15,6 +18,7 @@ WRITTEN = {
     "weights.safetensors",
     "config.json",
     "metrics.jsonl",
+    "metrics.timing.jsonl",
     "checkpoint",
 }
 
@@ -122,13 +126,110 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(
     finished, tmp_path, monkeypatch, capsys, at
 ):
     assert interrupted(tmp_path, monkeypatch, at) == 130
-    assert "interrupted" in capsys.readouterr().err
+    how = f"--resume goes on from there: fmeta train --resume --out {tmp_path} --name digits"
+    assert how in capsys.readouterr().err
     assert (tmp_path / "digits" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "digits" / "weights.safetensors").exists()
     assert train(tmp_path, "--resume") == 0
     for name in ("weights.safetensors", "results.json", "metrics.jsonl"):
         got, want = ((f / "digits" / name).read_bytes() for f in (tmp_path, finished))
         assert got == want, name
+
+
+@pytest.mark.parametrize("phase", ["tune", "compare", "curves"])
+def test_a_run_interrupted_after_training_goes_straight_on_with_the_comparison(
+    finished, tmp_path, monkeypatch, capsys, phase
+):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        module = _digits_job.plot if phase == "curves" else _digits_job.evaluate
+        patch.setattr(module, phase, stop)
+        assert train(tmp_path) == 130
+    assert "fmeta train --resume" in capsys.readouterr().err
+    assert train(tmp_path, "--resume") == 0
+    assert "meta-loss" not in capsys.readouterr().out
+    for name in ("weights.safetensors", "results.json", "metrics.jsonl", "curves.png"):
+        got, want = ((f / "digits" / name).read_bytes() for f in (tmp_path, finished))
+        assert got == want, name
+
+
+def test_resume_alone_takes_the_settings_of_the_run(tmp_path, monkeypatch, capsys):
+    options = ["--outer-lr", "0.01", "--name", "mine"]
+    assert interrupted(tmp_path, monkeypatch, 2, *options) == 130
+    assert main(["train", "--resume", "--out", str(tmp_path), "--name", "mine"]) == 0
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert (config["outer_lr"], config["num_steps"], config["smoke"]) == (0.01, 4, True)
+
+
+def test_resuming_a_finished_run_says_so_and_shows_the_table_again(finished, capsys):
+    assert main(["train", "--resume", "--out", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out
+    assert "linear, untrained" in out
+
+
+def test_defaults_are_taken_from_a_file_and_overridden_by_flags(tmp_path, finished):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"smoke": True, "seed": 3, "outer_lr": 0.2, "eval_seeds": 4}))
+    options = ["--config", str(file), "--out", str(tmp_path), "--seed", "0", "--outer-lr=0.03"]
+    assert main(["train", *options]) == 0
+    assert metrics(tmp_path) == metrics(finished)  # with the seed and the rate of the defaults
+
+
+def test_the_config_of_a_run_is_such_a_file(finished, tmp_path):
+    file = str(finished / "digits" / "config.json")
+    assert main(["train", "--config", file, "--out", str(tmp_path)]) == 0
+    assert metrics(tmp_path) == metrics(finished)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"horizn": 5}', "unknown option 'horizn': did you mean horizon?"),
+        ('{"horizon": "long"}', "option 'horizon' must be of type int, got 'long'"),
+        ('{"horizon": 0}', "horizon must be at least 1, got 0"),
+        ("{", "is not a whole JSON file"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_file_of_settings_that_does_not_fit_is_an_error_before_any_work(
+    tmp_path, capsys, content, words
+):
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "runs")]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(tmp_path, "--tensorboard") == 1
+    assert "pip install 'fmeta[tensorboard]'" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
+    finished, tmp_path, monkeypatch, capsys
+):
+    real, calls = os.fsync, [0]
+
+    def full(file):
+        calls[0] += 1
+        if calls[0] > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert train(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fmeta: cannot write ")
+    assert "No space left on device" in error
+    assert train(tmp_path, "--resume") == 0
+    assert metrics(tmp_path) == metrics(finished)
 
 
 def test_resuming_where_there_is_no_run_says_so(tmp_path, capsys):

@@ -24,7 +24,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
     """The function that tyro turns into ``fmeta train``, with the defaults that hold here.
 
     Args:
-        arguments: of the command line; ``--config FILE`` and, with ``--resume``, the run in
+        arguments: of the command line, ``train`` first; ``--config FILE`` and, with ``--resume``, the run in
             OUT/NAME give the defaults that the other flags override. An error in these files is
             raised when the command is called.
     """
@@ -79,7 +79,10 @@ def run_train(config: TrainConfig) -> int:
 
 
 def _defaults(arguments: Sequence[str]) -> TrainConfig:
-    default, file = TrainConfig(), _value_of("--config", arguments)
+    default = TrainConfig()
+    if not arguments or arguments[0] != "train":
+        return default  # another command, with options of its own
+    file = _value_of("--config", arguments)
     if file is not None:
         default = read_config(file, default)
     if "--resume" in arguments:

@@ -1,0 +1,149 @@
+"""`fmeta train` as a process of its own: signals, and kills at random moments."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fmeta.cli import main
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+
+# Starts the command in forks of a process that has imported everything: imports take seconds.
+SERVER = """
+import json, os, sys
+import matplotlib.backends.backend_agg, scipy.stats, sklearn.datasets
+from fmeta.cli import main
+for line in sys.stdin:
+    arguments, out, error = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, path in ((1, out), (2, error)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os._exit(main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Process:
+    def __init__(self, server, arguments, folder):
+        self.server, self.out, self.error = server, folder / "stdout", folder / "stderr"
+        line = json.dumps([arguments, str(self.out), str(self.error)])
+        server.stdin.write(line + "\n")
+        server.stdin.flush()
+        self.pid = int(server.stdout.readline())
+
+    def wait_for(self, text):
+        while not (self.out.exists() and text in self.out.read_text()):
+            time.sleep(0.002)
+
+    def send(self, number):
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(self.pid, number)
+
+    def status(self):
+        return int(self.server.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    def begin(*options):
+        options = ["train", "--smoke", "--out", str(tmp_path), *options]
+        return Process(server, options, tmp_path)
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """What an uninterrupted run writes, and how long it takes."""
+    folder = tmp_path_factory.mktemp("whole")
+    began = time.perf_counter()
+    assert Process(server, ["train", "--smoke", "--out", str(folder)], folder).status() == 0
+    return contents(folder), time.perf_counter() - began
+
+
+def contents(folder):
+    """Bytes by name; seconds differ from run to run, and the configuration says where it is."""
+    found = {}
+    for path in sorted((folder / "digits").rglob("*")):
+        if path.is_file() and not path.name.endswith(".timing.jsonl"):
+            found[path.name] = path.read_bytes().replace(str(folder).encode(), b"OUT")
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["meta-training", "outer step 0"])
+def test_a_signal_leaves_a_run_that_can_be_resumed_and_says_how(
+    start, whole, tmp_path, phase, number
+):
+    process = start()
+    process.wait_for(phase)
+    process.send(number)
+    process.send(number)  # impatient
+    assert process.status() == 130
+    assert f"fmeta train --resume --out {tmp_path} --name digits" in process.error.read_text()
+    assert start("--resume").status() == 0
+    assert contents(tmp_path) == whole[0]
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids="{}-kills".format
+)
+def test_killed_at_random_moments_the_rest_gives_the_same_bytes(start, whole, tmp_path, kills):
+    want, seconds = whole
+    draw = random.Random(kills)
+    for n in range(kills):
+        folder = tmp_path / str(n)
+        options = ["--out", str(folder)]
+        process = start(*options)
+        time.sleep(draw.uniform(0, seconds))
+        process.send(signal.SIGKILL)
+        assert process.status() in (0, -signal.SIGKILL)
+        begun = (folder / "digits" / "config.json").exists()
+        assert start(*options, *(["--resume"] if begun else [])).status() == 0
+        assert contents(folder) == want
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_rest_gives_the_same_bytes(start, whole, tmp_path):
+    want, seconds = whole
+    draw = random.Random(0)
+    for _ in range(20):
+        begun = (tmp_path / "digits" / "config.json").exists()
+        process = start(*(["--resume"] if begun else []))
+        time.sleep(draw.uniform(0, seconds / 4))
+        process.send(signal.SIGKILL)
+        process.status()
+    assert start("--resume").status() == 0
+    assert contents(tmp_path) == want
+
+
+def test_a_second_run_in_the_folder_of_one_that_is_going_on(start, whole, tmp_path, capsys):
+    process = start()
+    process.wait_for("meta-training")
+    process.send(signal.SIGSTOP)  # so that it is still going on
+    for options in ([], ["--resume"]):
+        assert main(["train", "--smoke", "--out", str(tmp_path), *options]) == 1
+        error = capsys.readouterr().err
+        assert f"digits is in use by another run (process {process.pid})" in error
+    process.send(signal.SIGCONT)
+    assert process.status() == 0
+    assert contents(tmp_path) == whole[0]
