@@ -1,4 +1,4 @@
-"""The command line: ``fmeta train``, ``fmeta optimizers``."""
+"""The command line: ``fmeta train``, ``evaluate``, ``plot``, ``optimizers``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fmeta.cli._evaluate import EvaluateConfig, run_evaluate
 from fmeta.cli._optimizers import list_optimizers
-from fmeta.cli._train import run_train
-from fmeta.meta_train import TrainConfig
+from fmeta.cli._plot import PlotConfig, run_plot
+from fmeta.cli._train import train_command
 
 __all__ = ["main"]
+
+# Shown at the end of each command's --help.
+_EXAMPLES = {
+    "train": (
+        "fmeta train                                meta-train on digits, evaluate, draw",
+        "fmeta train --smoke --name try             the same in seconds, to see that it runs",
+        "fmeta train --resume                       go on with a run that was stopped",
+    ),
+    "evaluate": (
+        "fmeta evaluate runs/digits                 on MLPs of a width not met in meta-training",
+        "fmeta evaluate runs/digits --model cnn --widths 8 16",
+        "fmeta evaluate runs/digits --num-steps 200 1000 --baselines adam muon_cosine",
+        "fmeta evaluate weights.safetensors --num-seeds 30 --out comparison",
+    ),
+    "plot": (
+        "fmeta plot runs/digits                     curves.png and meta_training.png of a run",
+        "fmeta plot runs/a runs/b --out figures     two runs side by side",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,23 +47,31 @@ def main(arguments: list[str] | None = None) -> int:
         no sense, 130 interrupted.
     """
 
-    def train(config: TrainConfig) -> int:
-        return run_train(config)
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def evaluate(config: EvaluateConfig) -> int:
+        """Compares a learned optimizer with its untrained start and tuned baselines."""
+        return run_evaluate(config)
+
+    def plot(config: PlotConfig) -> int:
+        """Redraws the figures of runs, or draws several side by side."""
+        return run_plot(config)
 
     def optimizers() -> int:
-        """Lists all optimizers by name."""
+        """Lists all optimizers by name, with their arguments, and which of them are learned."""
         return list_optimizers()
 
-    train.__doc__ = (
-        f"{TrainConfig.__doc__}\n\nWrites OUT/NAME/ with curves.png, results.json, "
-        "weights.safetensors, config.json, metrics.jsonl and checkpoint/."
-    )
-    commands: dict[str, Callable[..., Any]] = {"train": train, "optimizers": optimizers}
+    commands: dict[str, Callable[..., Any]] = {
+        "train": train_command(given),
+        "evaluate": evaluate,
+        "plot": plot,
+        "optimizers": optimizers,
+    }
     with _terminates_like_interrupt():
-        return _run(commands, arguments)
+        return _run(commands, given)
 
 
-def _run(commands: dict[str, Callable[..., Any]], arguments: list[str] | None) -> int:
+def _run(commands: dict[str, Callable[..., Any]], given: list[str]) -> int:
     import tyro
 
     try:
@@ -51,11 +79,16 @@ def _run(commands: dict[str, Callable[..., Any]], arguments: list[str] | None) -
             commands,
             prog="fmeta",
             description="Learned optimizers and meta-learning on torch.",
-            args=arguments,
+            args=given,
             config=(tyro.conf.OmitArgPrefixes,),
         )
+    except SystemExit as exit:
+        examples = _EXAMPLES.get(given[0], ()) if given and not exit.code else ()
+        if examples:
+            sys.stdout.write("\n".join(("examples:", *(f"  {line}" for line in examples))) + "\n")
+        raise
     except KeyboardInterrupt:
-        _complain("interrupted; the last complete state is saved, --resume goes on from there")
+        _complain("interrupted")
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         _complain(str(error))

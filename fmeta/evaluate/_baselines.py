@@ -52,7 +52,7 @@ def _half_decades(low: int, high: int) -> tuple[float, ...]:
 _SINGLE = {
     "adam": Baseline("Adam", optimizers.adam, _half_decades(-4, -1)),
     "adamw": Baseline("AdamW", optimizers.adamw, _half_decades(-4, -1)),
-    "momentum": Baseline(
+    "sgd": Baseline(
         "SGD momentum", lambda lr: optimizers.sgd(lr, momentum=0.9), _half_decades(-3, 0)
     ),
     # The families of fmeta.tasks hold their matrices as x @ w.

@@ -27,10 +27,11 @@ def table(evaluation: Evaluation, title: str | None = None) -> Table:
     result = Table(
         title=title and escape(title),
         caption=escape(_caption(evaluation)),
-        box=box.SIMPLE,
+        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    result.add_column("optimizer", overflow="fold")
+    result.add_column("optimizer", min_width=12)
     for name in ("lr", "training", "held out", *metrics, *(("steps",) if counts else ()), "ratio"):
         result.add_column(name, justify="right", no_wrap=True)
     for name, outcome in outcomes.items():
@@ -49,12 +50,12 @@ def _caption(evaluation: Evaluation) -> str:
     label = next(iter(evaluation.outcomes.values())).label
     lines = [
         f"{evaluation.num_steps} steps, means of {evaluation.num_seeds} seeds.",
-        "training: loss, mean of the last tenth of the steps. held out: at the end, fresh batches.",
-        f"ratio: held-out loss of {label} over this one's, with its paired 95 % interval.",
+        "training: loss of the last tenth of the steps. held out: loss at the end.",
+        f"ratio: held-out loss of {label} to this one's, paired 95 % interval.",
     ]
     if evaluation.reference is not None:
         reference = evaluation.outcomes[evaluation.reference].label
-        lines.append(f"steps: median number until {reference}'s final training loss is reached.")
+        lines.append(f"steps: median, to {reference}'s final training loss.")
     for outcome in evaluation.outcomes.values():
         if outcome.diverged.any():
             count = int(outcome.diverged.sum())
