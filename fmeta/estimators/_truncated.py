@@ -113,8 +113,9 @@ def truncated(
         anew in the next estimate.
 
     Raises:
-        ValueError: numbers below 1, an optimizer that needs more than loss and horizon, an unknown
-            ``first_order``; later, a ``meta_loss`` of another shape.
+        ValueError: numbers below 1, an optimizer that needs more than loss and horizon, fewer
+            tasks than families; later, a ``meta_loss`` of another shape, and options that
+            `fmeta.unroll` refuses.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Reference:
@@ -124,11 +125,6 @@ def truncated(
     check_rule(optimizer)
     check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
     check_horizon(horizon)
-    options: dict[str, Any] = {
-        "first_order": first_order,
-        "checkpoint": checkpoint,
-        "mixed_mode": mixed_mode,
-    }
 
     def build(family: TaskFamily, num_tasks: int) -> Estimator:
         advance = by_unroll(
@@ -136,7 +132,9 @@ def truncated(
             family,
             evaluate=eval_split is not None,
             chunk_size=chunk_size,
-            **options,
+            first_order=first_order,
+            checkpoint=checkpoint,
+            mixed_mode=mixed_mode,
         )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         draws = Draws(family, num_tasks, horizon, truncation, eval_split, stagger)

@@ -1,4 +1,4 @@
-"""Laws that every optimizer and task family obeys, and strategies to look for one that does not.
+"""Laws of optimizers, task families and estimators, and strategies to look for what breaks them.
 
 `check_optimizer` runs all laws on an optimizer, fmeta's or your own. Each law can be called by
 itself as ``law(optimizer, params, **setup)`` and raises an AssertionError that names what is wrong,
@@ -6,7 +6,8 @@ where, and the cure. ``**setup`` is the same for all: ``opt_params`` (default: `
 ``extras`` (what the rule needs, for one step: a dict or a function of the parameters),
 ``num_steps`` (the horizon) and ``seed``.
 
-`check_family` does the same for a `fmeta.tasks.TaskFamily`, by the laws in `FAMILY_LAWS`.
+`check_family` does the same for a `fmeta.tasks.TaskFamily`, by the laws in `FAMILY_LAWS`, and
+`check_estimator` for a `fmeta.estimators.Estimator`, by those in `ESTIMATOR_LAWS`.
 
 The strategies (`param_trees`, `gradients`, `step_counts`, `shapes`) need hypothesis, which comes
 with ``pip install 'fmeta[test]'``; the laws do not.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmeta.testing._case import built_in_trees
 from fmeta.testing._check import Report, check_optimizer
+from fmeta.testing._check_estimator import ESTIMATOR_LAWS, check_estimator
 from fmeta.testing._check_family import FAMILY_LAWS, check_family
 from fmeta.testing._laws_compile import compiles_once, make_fx_traces, runs_on_meta
 from fmeta.testing._laws_gradient import (
@@ -42,11 +44,13 @@ if TYPE_CHECKING:
     from fmeta.testing._strategies import gradients, param_trees, shapes, step_counts
 
 __all__ = [
+    "ESTIMATOR_LAWS",
     "FAMILY_LAWS",
     "LAWS",
     "Law",
     "Report",
     "built_in_trees",
+    "check_estimator",
     "check_family",
     "check_optimizer",
     "checkpoint_changes_nothing",

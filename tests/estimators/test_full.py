@@ -7,7 +7,7 @@ from torch.func import grad
 import fmeta
 from fmeta import estimators, optimizers, trees
 from fmeta.random import fold_in
-from fmeta.tasks import TaskFamily, loss_of_task, sample_task
+from fmeta.tasks import TaskFamily, loss_of_task, mixture, sample_task
 
 DOUBLE = {"dtype": torch.float64}
 T = 4
@@ -215,3 +215,88 @@ def test_drawing_what_is_evaluated_draws_no_task_again():
     )
     rule.estimate(META, rule.init(META, 0))
     assert len(calls) == 3
+
+
+# Divergence
+
+
+def broken(how, bad):
+    """The family, but tasks for whose curvature ``bad(k)`` holds go wrong."""
+
+    def loss(data, config, p, b):
+        value = FAMILY.loss(data, config, p, b)
+        is_bad = bad(config["k"])
+        if how == "loss":
+            return torch.where(is_bad, torch.nan, value)
+        # Finite, with a derivative that is not.
+        return value + torch.where(is_bad, 0 * p["w"].sum(), 1.0).sqrt() - 1
+
+    return FAMILY._replace(loss=loss)
+
+
+def of_family(family, **options):
+    estimator = estimators.full(RULE, family, horizon=T, **{"num_tasks": 3, **options})
+    return estimator.estimate(META, estimator.init(META, 3))[0]
+
+
+@pytest.mark.parametrize(("how", "step"), [("loss", 0), ("gradient", 1)])
+def test_a_task_that_diverges_is_left_out_and_named(how, step):
+    number = sample_task(FAMILY, T, 3, 0, 2).config["k"]
+    got, want = of_family(broken(how, lambda k: k == number)), of_family(FAMILY, num_tasks=2)
+    assert got.metrics["diverged"].tolist() == [False, False, True]
+    assert got.metrics["diverged_at"].tolist() == [-1, -1, step]
+    assert sample_task(FAMILY, T, *got.metrics["drawn"][2].tolist()).config["k"] == number
+    close((got.loss, got.grads), (want.loss, want.grads))
+    close(got.metrics["signal_to_noise"], want.metrics["signal_to_noise"])
+
+
+def test_a_gradient_that_is_not_finite_counts_as_diverged():
+    number = sample_task(FAMILY, T, 3, 0, 2).config["k"]
+
+    def bind(meta, config):
+        zero_or_one = torch.where(config["k"] == number, 0 * meta["lr"], 1.0).sqrt()
+        return {**meta, "lr": meta["lr"] + 0 * zero_or_one}, None
+
+    got, want = of_family(FAMILY, bind=bind), of_family(FAMILY, num_tasks=2)
+    assert got.metrics["diverged"].tolist() == [False, False, True]
+    assert got.metrics["diverged_at"].tolist() == [-1, -1, -1]
+    close(got.grads, want.grads)
+
+
+def test_an_evaluation_that_is_not_finite_counts_as_diverged():
+    def batches(config, generator, steps, split="train"):
+        found = FAMILY.batches(config, generator, steps, split)
+        at = torch.tensor([[split == "validation"], *[[False]] * (steps - 1)])
+        return torch.where(at & (config["k"] > 0), torch.nan, found)
+
+    got = of_family(FAMILY._replace(batches=batches), eval_split="validation")
+    assert got.metrics["diverged"].all()
+    assert got.metrics["diverged_at"].tolist() == [0, 0, 0]
+    assert got.loss.isnan()
+
+
+def test_signal_to_noise_is_over_tasks():
+    rows = torch.stack([torch.stack(trees.leaves(grad(by_hand)(META, i))) for i in range(3)])
+    error = (rows.var(0) / 3).sum().sqrt()
+    got = of_family(FAMILY).metrics
+    close(got["standard_error"], error)
+    close(got["signal_to_noise"], rows.mean(0).norm() / error)
+    assert of_family(FAMILY, num_tasks=1).metrics["signal_to_noise"].isnan()
+
+
+def test_a_mixture_is_the_weighted_mean_of_its_parts():
+    both = estimators.full(RULE, mixture([FAMILY, FAMILY], (2, 1)), num_tasks=3, horizon=T)
+    state = both.init(META, 0)
+    got, _ = both.estimate(META, state)
+    parts = [
+        estimators.full(RULE, FAMILY, num_tasks=n, horizon=T).estimate(META, s)[0]
+        for n, s in zip((2, 1), state, strict=True)
+    ]
+    close(got.grads, trees.map(lambda a, b: (2 * a + b) / 3, *[p.grads for p in parts]))
+    close(got.metrics["losses"], torch.cat([p.metrics["losses"] for p in parts]))
+    assert got.metrics["family"].tolist() == [0, 0, 1]
+
+
+def test_what_a_rule_needs_beside_loss_and_horizon_is_refused_by_name():
+    with pytest.raises(ValueError, match="this optimizer needs activations, noise"):
+        estimate(rule=RULE._replace(needs=frozenset({"loss", "noise", "activations"})))

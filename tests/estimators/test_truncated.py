@@ -1,0 +1,196 @@
+"""Truncated backpropagation: exact within a truncation, cut off at its beginning."""
+
+import pytest
+import torch
+from torch.func import grad
+
+import fmeta
+from fmeta import estimators, optimizers, trees
+from fmeta.tasks import TaskFamily, loss_of_task, mixture, sample_batches, sample_task
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def quadratics(is_bad=lambda id: torch.zeros((), dtype=torch.bool)):
+    def batches(config, generator, steps, split="train"):
+        noise = torch.randn(steps, 3, generator=generator, **DOUBLE)
+        return noise + (1.0 if split == "validation" else 0.0)
+
+    def loss(data, config, p, b):
+        value = (1 + config["id"]) * (data * (p["w"] - b).square()).sum()
+        return torch.where(is_bad(config["id"]), torch.nan, value)
+
+    return TaskFamily(
+        torch.tensor([1.0, 2.0, 3.0], **DOUBLE),
+        lambda generator: {"id": torch.rand((), generator=generator, **DOUBLE)},
+        lambda config, generator: {"w": torch.randn(3, generator=generator, **DOUBLE)},
+        batches,
+        loss,
+    )
+
+
+FAMILY = quadratics()
+RULE = fmeta.learn(optimizers.sgd, {"lr": "log", "momentum": "logit"}, lr=0.02, momentum=0.5)
+META = trees.cast(RULE.init(), torch.float64)
+
+
+def build(family=FAMILY, *, rule=RULE, **options):
+    given = {"num_tasks": 3, "horizon": 6, "truncation": 3, "stagger": False, **options}
+    return estimators.truncated(rule, family, **given)
+
+
+def estimates(estimator, number, *, meta=META, seed=3):
+    state, found = estimator.init(meta, seed), []
+    for _ in range(number):
+        one, state = estimator.estimate(meta, state)
+        found.append(one)
+    return found
+
+
+def close(got, want, tol=1e-10):
+    trees.map(lambda a, b: torch.testing.assert_close(a, b, rtol=tol, atol=tol), got, want)
+
+
+def by_hand(meta, drawn, steps, *, split=None):
+    """The mean loss of a task's first steps: sampled and unrolled without the estimator."""
+    task = sample_task(FAMILY, steps, *drawn)
+    shown = split and sample_batches(FAMILY, task.config, steps, *drawn, split=split)
+    args = (RULE, loss_of_task(FAMILY), meta, task.model_params, task.batches)
+    run = fmeta.unroll(*args, loss_args=(task.config,), eval_batches=shown)
+    return (run.losses if split is None else run.eval_losses).mean()
+
+
+def mean_of(fn, drawn):
+    return lambda meta: torch.stack([fn(meta, row) for row in drawn.tolist()]).mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpoint": "sqrt"},
+        {"checkpoint": 2},
+        {"mixed_mode": True},
+        {"chunk_size": 2},
+        {"eval_split": "validation"},
+    ],
+    ids=str,
+)
+def test_a_truncation_that_covers_the_horizon_is_exact(options):
+    for found in estimates(build(horizon=5, truncation=5, **options), 2):
+        split = options.get("eval_split")
+        want = mean_of(
+            lambda meta, row, s=split: by_hand(meta, row, 5, split=s), found.metrics["drawn"]
+        )
+        close(found.loss, want(META))
+        close(found.grads, grad(want)(META))
+
+
+def test_it_equals_full_on_the_same_tasks():
+    same = FAMILY._replace(
+        sample=lambda generator: {"id": torch.tensor(0.5, **DOUBLE)},
+        init=lambda config, generator: {"w": torch.ones(3, **DOUBLE)},
+        batches=lambda config, generator, steps, split="train": torch.zeros(steps, 3, **DOUBLE),
+    )
+    found = estimates(build(same, horizon=4, truncation=4), 1)[0]
+    whole = estimators.full(RULE, same, num_tasks=3, horizon=4)
+    want, _ = whole.estimate(META, whole.init(META, 3))
+    close(found.loss, want.loss)
+    close(found.grads, want.grads)
+
+
+def test_trainings_go_on_where_they_were_and_gradients_do_not():
+    """In closed form: L = w^2 / 2 and w <- (1 - a) w, so dL/da of a later piece is known."""
+    family = TaskFamily(
+        None,
+        lambda generator: {},
+        lambda config, generator: torch.ones((), **DOUBLE),
+        lambda config, generator, steps, split="train": torch.zeros(steps, **DOUBLE),
+        lambda data, config, w, b: w.square() / 2,
+    )
+    rule = fmeta.learn(optimizers.sgd, {"lr": "linear"}, lr=0.1)
+    meta = {"lr": torch.tensor(0.1, **DOUBLE)}
+    found = estimates(build(family, rule=rule, num_tasks=1, horizon=6, truncation=3), 3, meta=meta)
+    for one, begin in zip(found, (0, 3, 0), strict=True):
+        w = 0.9**begin  # a constant: how it came about is cut off
+        # L_j = w^2 (1 - a)^(2 j) / 2 for j = 0, 1, 2
+        close(
+            one.loss, torch.tensor(sum(w**2 * 0.9 ** (2 * j) / 2 for j in range(3)) / 3, **DOUBLE)
+        )
+        want = sum(-j * w**2 * 0.9 ** (2 * j - 1) for j in range(3)) / 3
+        close(one.grads["lr"], torch.tensor(want, **DOUBLE))
+    whole = sum(-j * 0.9 ** (2 * j - 1) for j in range(6)) / 6
+    short = (found[0].grads["lr"] + found[1].grads["lr"]) / 2
+    assert whole < short < 0  # later steps gain more from a higher rate than it can see
+
+
+def test_trainings_that_begin_within_a_truncation_count_from_there():
+    found = estimates(build(horizon=2, truncation=4), 1)[0]
+    first = mean_of(lambda meta, row: by_hand(meta, row, 2), found.metrics["drawn"])
+    second = mean_of(lambda meta, row: by_hand(meta, [*row[:3], 2], 2), found.metrics["drawn"])
+    close(found.grads, grad(lambda meta: (first(meta) + second(meta)) / 2)(META))
+
+
+def test_the_start_of_training_is_learned_where_training_begins():
+    start = {"w": torch.ones(3, **DOUBLE)}
+    rule, bind = optimizers.sgd(0.02), lambda meta, config: ({}, meta)
+    first, second = estimates(build(rule=rule, bind=bind), 2, meta=start)
+    assert first.grads["w"].abs().min() > 1e-3
+    assert not second.grads["w"].any()
+
+
+def test_first_order_reaches_unroll():
+    exact, first = (estimates(build(first_order=o), 1)[0] for o in (False, True))
+    close(exact.loss, first.loss)
+    assert (exact.grads["lr"] - first.grads["lr"]).abs() > 1e-6
+
+
+def test_an_estimate_is_a_function_of_meta_parameters_and_state():
+    one, two = build(stagger=True), build(stagger=True)
+    state = one.init(META, 5)
+    for _ in range(3):
+        want, after = one.estimate(META, state)
+        got, _ = two.estimate(META, state)
+        assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
+        assert not any(x.requires_grad for x in trees.leaves((got, after[:-2])))
+        state = after
+
+
+def test_a_task_does_not_depend_on_how_many_there_are():
+    few, many = (estimates(build(num_tasks=n), 3) for n in (2, 5))
+    for a, b in zip(few, many, strict=True):
+        close(b.metrics["losses"][:, :2], a.metrics["losses"])
+
+
+def test_a_task_that_diverges_is_left_out_named_and_begun_anew():
+    bad = sample_task(FAMILY, 1, 3, 0, 1, 2).config["id"]
+    estimator = build(quadratics(lambda id: id == bad), horizon=2, truncation=3)
+    first, second = estimates(estimator, 2)
+    assert first.metrics["diverged"].tolist() == [False, True, False]
+    assert first.metrics["diverged_at"].tolist() == [-1, 2, -1]
+    assert first.metrics["drawn"].tolist() == [[3, 0, 0, 1], [3, 0, 1, 2], [3, 0, 2, 1]]
+    assert second.metrics["drawn"][:, 1:].tolist() == [[0, 0, 2], [1, 1, 1], [0, 2, 2]]
+    assert not second.metrics["diverged"].any()
+
+
+def test_the_other_tasks_are_as_without_it():
+    bad = sample_task(FAMILY, 1, 3, 0, 2, 1).config["id"]
+    found = estimates(build(quadratics(lambda id: id == bad)), 1)[0]
+    want = estimates(build(num_tasks=2), 1)[0]
+    close((found.loss, found.grads), (want.loss, want.grads))
+    close(found.metrics["standard_error"], want.metrics["standard_error"])
+
+
+def test_a_mixture_is_the_weighted_mean_of_its_parts():
+    family = mixture([FAMILY, FAMILY], (2, 1))
+    both = build(family, num_tasks=3)
+    state = both.init(META, 0)
+    found, _ = both.estimate(META, state)
+    parts = [build(num_tasks=n).estimate(META, s)[0] for n, s in zip((2, 1), state, strict=True)]
+    close(found.grads, trees.map(lambda a, b: (2 * a + b) / 3, *[p.grads for p in parts]))
+
+
+@pytest.mark.parametrize("name", ["num_tasks", "horizon", "truncation", "chunk_size"])
+def test_numbers_below_1_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        build(**{name: 0})
