@@ -228,6 +228,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
     error = capsys.readouterr().err
     assert error.startswith("fmeta: cannot write ")
     assert "No space left on device" in error
+    assert f"free some space, then: fmeta train --resume --out {tmp_path} --name digits" in error
     assert train(tmp_path, "--resume") == 0
     assert metrics(tmp_path) == metrics(finished)
 

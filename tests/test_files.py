@@ -1,5 +1,6 @@
 """Files are whole or as they were; errors name the file, the array and the cure."""
 
+import errno
 import json
 import os
 
@@ -131,3 +132,39 @@ def test_two_leaves_of_one_path_are_refused(tmp_path):
     _files.save_tree(tmp_path / "x.safetensors", {"a": {"b": torch.tensor(0.0)}})
     with pytest.raises(ValueError, match="two leaves of the tree have the path a/b"):
         _files.load_tree(tmp_path / "x.safetensors", tree)
+
+
+def test_json_comes_back(tmp_path):
+    _files.write_json(tmp_path / "a.json", {"x": [1, None, "é"]})
+    assert _files.read_json(tmp_path / "a.json") == {"x": [1, None, "é"]}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"x": ', b"\xff\xfe", b"{} {}"], ids=repr)
+def test_a_file_that_is_not_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is not a whole JSON file"):
+        _files.read_json(tmp_path / "a.json")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.json"):
+        _files.read_json(tmp_path / "none.json")
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_systems_number(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*a\.txt: No space left.*unharmed") as error:
+        _files.write_text(tmp_path / "a.txt", "x")
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_only_temporary_files_of_killed_writers_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / ".lock").write_text("1")
+    (tmp_path / "mine.tmp").write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: None)  # as if killed before it
+        _files.write_text(tmp_path / "b.txt", "half")
+    assert len(names(tmp_path)) == 4
+    _files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".lock", "a.txt", "mine.tmp"]

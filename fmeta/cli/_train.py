@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +25,9 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
     """The function that tyro turns into ``fmeta train``, with the defaults that hold here.
 
     Args:
-        arguments: of the command line, ``train`` first; ``--config FILE`` and, with ``--resume``, the run in
-            OUT/NAME give the defaults that the other flags override. An error in these files is
-            raised when the command is called.
+        arguments: of the command line, ``train`` first; ``--config FILE`` and, with ``--resume``,
+            the run in OUT/NAME give the defaults that the other flags override. An error in these
+            files is raised when the command is called.
     """
     default, error = TrainConfig(), None
     try:
@@ -70,6 +71,11 @@ def run_train(config: TrainConfig) -> int:
     except KeyboardInterrupt:
         _complain(_how_to_resume(config))
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"{error}; free some space, then: {_resume_command(config)}")
+        return 1
     except ImportError as error:  # an extra that is not installed
         _complain(str(error))
         return 1
@@ -108,11 +114,14 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 def _how_to_resume(config: TrainConfig) -> str:
     if not (Path(config.out) / config.name / "config.json").exists():
         return "interrupted before the run began: nothing is lost, start it again"
-    where = shlex.join(["--out", config.out, "--name", config.name])
     return (
         "interrupted; the last complete state is saved, and --resume goes on from there: "
-        f"fmeta train --resume {where}"
+        + _resume_command(config)
     )
+
+
+def _resume_command(config: TrainConfig) -> str:
+    return shlex.join(["fmeta", "train", "--resume", "--out", config.out, "--name", config.name])
 
 
 def _complain(text: str) -> None:
