@@ -207,7 +207,7 @@ def _of_family(
             weighed, xi = torch.vmap(pes_gradient)(
                 values.movedim(1, 0), plan.is_new.movedim(1, 0), state.xi, eps
             )
-            parts = trees.map(lambda x: x / (2 * std**2), weighed)
+            parts = trees.map(lambda x, m: (x / (2 * std**2)).to(m.dtype), weighed, meta_params)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
             estimate = mean_over_tasks(values.mean((0, 2)), parts, bad_step, metrics, group=each)

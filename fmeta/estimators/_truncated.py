@@ -27,6 +27,7 @@ from fmeta.estimators._contract import (
 from fmeta.estimators._mixture import over_families
 from fmeta.estimators._trainings import (
     Draws,
+    Plan,
     Stepper,
     Trainings,
     by_unroll,
@@ -146,6 +147,11 @@ def truncated(
 def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
     family = draws.family
 
+    def total(meta_params: Tree, now: Trainings, plan: Plan) -> tuple[Tensor, Any]:
+        after, losses, evals = stepper.run(meta_params, now, plan)
+        values = scored(score, losses, evals, plan.t, plan.horizon)
+        return values.mean((0, 2)).sum(), (after, losses, evals, values)
+
     def init(meta_params: Tree, seed: int) -> TruncatedState:
         check_meta_params(meta_params)
         with torch.no_grad():
@@ -154,17 +160,11 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
     def estimate(meta_params: Tree, state: TruncatedState) -> tuple[Estimate, TruncatedState]:
         check_meta_params(meta_params)
         now = trainings_of(state)
-
-        def total(meta_params: Tree, now: Trainings) -> tuple[Tensor, Any]:
-            after, losses, evals = stepper.run(meta_params, now, plan)
-            values = scored(score, losses, evals, plan.t, plan.horizon)
-            return values.mean((0, 2)).sum(), (after, losses, evals, values)
-
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
             # Each task has meta-parameters of its own, so the gradient of the sum is that of each.
             own = trees.map(lambda x: x.expand(draws.num_tasks, 1, *x.shape), meta_params)
-            parts, (_, (after, losses, evals, values)) = grad_and_value(total, own, now)
+            parts, (_, (after, losses, evals, values)) = grad_and_value(total, own, now, plan)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
             parts = trees.map(lambda x: x.squeeze(1), parts)

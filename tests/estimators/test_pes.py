@@ -428,3 +428,19 @@ def test_perturbations_are_normal_and_scaled():
     assert abs(float(xi.std()) - 0.2) < 0.02
     eps = torch.randn((), generator=fold_in(0, 0, 7, 4), **DOUBLE)
     close(trees.leaves(after.xi)[0][7], 0.2 * eps)
+
+
+def test_gradients_are_of_the_dtype_of_the_meta_parameters():
+    for dtype in (torch.float32, torch.bfloat16):
+        found = estimates(build(), 1, meta=trees.cast(META, dtype))[0]
+        assert all(g.dtype is dtype for g in trees.leaves(found.grads))
+
+
+def test_inference_mode_and_recording_outside_change_nothing():
+    want = estimates(build(), 2)[-1]
+    leaf = trees.map(lambda x: x.clone().requires_grad_(), META)
+    got = estimates(build(), 2, meta=leaf)[-1]
+    assert not any(x.requires_grad for x in trees.leaves((got.loss, got.grads)))
+    close(got.grads, want.grads)
+    with torch.inference_mode():
+        close(estimates(build(), 2)[-1].grads, want.grads)

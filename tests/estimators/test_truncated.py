@@ -194,3 +194,13 @@ def test_a_mixture_is_the_weighted_mean_of_its_parts():
 def test_numbers_below_1_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         build(**{name: 0})
+
+
+def test_inference_mode_and_recording_outside_change_nothing():
+    want = estimates(build(), 2)[-1]
+    leaf = trees.map(lambda x: x.clone().requires_grad_(), META)
+    got = estimates(build(), 2, meta=leaf)[-1]
+    assert not any(x.requires_grad for x in trees.leaves((got.loss, got.grads)))
+    close(got.grads, want.grads)
+    with torch.inference_mode():
+        close(estimates(build(), 2)[-1].grads, want.grads)
