@@ -9,21 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fmeta import _files, trees
-from fmeta.estimators import Estimate, Estimator
-from fmeta.meta_train import _averaging, _checkpoint
-from fmeta.meta_train._diverged import diverged_tasks
+from fmeta import _files
+from fmeta.estimators import Estimator
+from fmeta.meta_train import _checkpoint
 from fmeta.meta_train._lock import locked
-from fmeta.meta_train._log import StepLog, summary_writer
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.meta_train._log import StepLog
+from fmeta.meta_train._outer_step import OnStep, OuterSteps, Settings, State
+from fmeta.optimizer import Optimizer
 
-__all__ = ["Result", "resume", "run"]
+__all__ = ["OnStep", "Result", "resume", "run"]
 
 Tree = Any
-OnStep = Callable[[dict[str, Any]], None]
 
 
 class Result(NamedTuple):
@@ -119,7 +117,7 @@ def run(
         ValueError: options that cannot be meant, or meta-parameters without a tensor.
         TypeError: ``outer`` is not an `Optimizer`.
     """
-    settings = _Settings(
+    settings = Settings(
         outer,
         num_steps,
         seed,
@@ -169,81 +167,19 @@ def resume(
         FloatingPointError, BlockingIOError, OSError, ImportError, TypeError: as `run`.
     """
     path = Path(checkpoint_folder) / _checkpoint.NAME
-    settings = _Settings(outer, num_steps, seed, checkpoint_folder=checkpoint_folder, **options)
+    settings = Settings(outer, num_steps, seed, checkpoint_folder=checkpoint_folder, **options)
     return _Loop(estimator, meta_params, settings).from_checkpoint(path)
 
 
-class _Settings(NamedTuple):
-    """The arguments of `run`, with its defaults."""
-
-    outer: Optimizer
-    num_steps: int
-    seed: int = 0
-    outer_params: Tree = None
-    averaging: float | None = None
-    validate: Callable[[Tree], Any] | None = None
-    validate_every: int = 10
-    patience: int | None = None
-    select: str = "best"
-    max_skipped: int = 10
-    checkpoint_folder: Any = None
-    checkpoint_every: int = 10
-    about: Mapping[str, Any] | None = None
-    log: Any = None
-    tensorboard: Any = None
-    on_step: OnStep | None = None
-
-    def check(self) -> None:
-        check_optimizer_type(self.outer, "outer")
-        for name in ("validate_every", "checkpoint_every", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.patience is not None and (self.patience < 1 or self.validate is None):
-            raise ValueError("patience must be at least 1 and needs validate")
-        if self.averaging is not None and not 0 <= self.averaging < 1:
-            raise ValueError(
-                f"averaging must be a fraction of the outer steps in [0, 1), got {self.averaging}"
-            )
-        if self.select not in ("best", "last"):
-            raise ValueError(f'select must be "best" or "last", got {self.select!r}')
-        if self.tensorboard is not None:
-            summary_writer()
-
-
-class _State(NamedTuple):
-    """Everything that the next outer step depends on; saved as it is."""
-
-    meta_params: Any
-    hidden: Any
-    estimator: Any
-    average: _averaging.Average
-    best_params: Any
-    best_value: float
-    misses: int
-    step: int
-    seed: int
-    skipped: int
-    skipped_in_a_row: int
-
-
 class _Loop:
-    """`run` and `resume` from their arguments on."""
+    """`run` and `resume` from their arguments on: order, files, interruption."""
 
-    def __init__(self, estimator: Estimator, meta_params: Tree, settings: _Settings) -> None:
-        settings.check()
-        if not any(isinstance(x, Tensor) for x in trees.leaves(meta_params)):
-            raise ValueError("meta_params hold no tensor: there is nothing to learn")
-        self.estimator, self.settings, self.outer = estimator, settings, settings.outer
-        given = settings.outer_params
-        self.outer_params = self.outer.init() if given is None else given
-        # Those that require a gradient would grow a graph from step to step.
-        self.meta_params = trees.map(
-            lambda x: x.detach() if isinstance(x, Tensor) else x, meta_params
-        )
-        self.about = dict(settings.about or {})
+    def __init__(self, estimator: Estimator, meta_params: Tree, settings: Settings) -> None:
+        self.steps = OuterSteps(estimator, meta_params, settings)
+        self.settings, self.about = settings, dict(settings.about or {})
 
     def from_start(self) -> Result:
-        state, folder, log = self.start(), self.settings.checkpoint_folder, self.settings.log
+        state, folder, log = self.steps.start(), self.settings.checkpoint_folder, self.settings.log
         if log is not None:
             _files.writable_folder(Path(log).parent)
             if Path(log).exists():
@@ -269,7 +205,7 @@ class _Loop:
         _checkpoint.require(path)  # before its folder is made
         with locked(_files.writable_folder(path.parent)):
             _files.remove_leftovers(path.parent)
-            state = _checkpoint.load(path, self.start(), self.about)
+            state = _checkpoint.load(path, self.steps.start(), self.about)
             if state.seed != self.settings.seed:
                 raise ValueError(
                     f"{path} is of a run with seed {state.seed}, not {self.settings.seed}: resume "
@@ -277,33 +213,24 @@ class _Loop:
                 )
             return self.go(state)
 
-    def start(self) -> _State:
-        s, params = self.settings, self.meta_params
-        hidden = self.outer.init_hidden(self.outer_params, params, num_steps=s.num_steps)
-        if s.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {s.num_steps}")
-        stream = self.estimator.init(params, s.seed)
-        average = _averaging.start(params, s.averaging)
-        return _State(params, hidden, stream, average, params, math.inf, 0, 0, s.seed, 0, 0)
-
-    def go(self, state: _State) -> Result:
+    def go(self, state: State) -> Result:
         s = self.settings
         history: list[dict[str, Any]] = []
         saved = state.step
         with StepLog(s.log, s.tensorboard, state.step) as log:
             try:
                 if state.step == 0 and math.isinf(state.best_value) and state.misses == 0:
-                    state, _ = self.judge(state)
-                while state.step < s.num_steps and not self.is_over(state):
+                    state, _ = self.steps.judge(state)
+                while state.step < s.num_steps and not self.steps.is_over(state):
                     began = time.perf_counter()
-                    new, metrics = self.advance(state)
+                    new, metrics = self.steps.advance(state)
                     log.write(metrics, time.perf_counter() - began)
                     history.append(metrics)
                     # Last, so that an interrupted state is never ahead of the log.
                     state = new
                     if s.on_step is not None:
                         s.on_step(metrics)
-                    last = state.step == s.num_steps or self.is_over(state)
+                    last = state.step == s.num_steps or self.steps.is_over(state)
                     if last or state.step % s.checkpoint_every == 0:
                         log.sync()
                         self.save(state)
@@ -314,95 +241,10 @@ class _Loop:
                     self.save(state)
                 raise
         best = s.validate is not None and s.select == "best"
-        params = state.best_params if best else self.judged(state)
+        params = state.best_params if best else self.steps.judged(state)
         return Result(params, state.step, history, state.step < s.num_steps, state.skipped)
 
-    def is_over(self, state: _State) -> bool:
-        patience = self.settings.patience
-        return patience is not None and state.misses >= patience
-
-    def advance(self, state: _State) -> tuple[_State, dict[str, Any]]:
-        estimate, stream = self.estimator.estimate(state.meta_params, state.estimator)
-        metrics = _metrics(state.step, estimate)
-        state = state._replace(estimator=stream)
-        if math.isfinite(metrics["meta_loss"]) and math.isfinite(metrics["meta_grad_norm"]):
-            state = self.descend(state, estimate)
-        else:
-            state = self.skip(state, metrics)
-            metrics["skipped"] = state.skipped_in_a_row
-        state = state._replace(step=state.step + 1)
-        if state.step % self.settings.validate_every == 0 or state.step == self.settings.num_steps:
-            state, value = self.judge(state)
-            if value is not None:
-                metrics["validation"] = value
-        return state, metrics
-
-    def descend(self, state: _State, estimate: Estimate) -> _State:
-        with torch.no_grad():
-            params, hidden = self.outer.step(
-                self.outer_params,
-                state.meta_params,
-                estimate.grads,
-                state.hidden,
-                loss=estimate.loss,
-            )
-            for path, x in _files.by_path(params).items():
-                if isinstance(x, Tensor) and not x.isfinite().all():
-                    raise FloatingPointError(
-                        f"outer step {state.step}: the outer optimizer made the meta-parameter at "
-                        f"{path} non-finite, from a finite meta-gradient: lower its learning rate"
-                    )
-            state = state._replace(meta_params=params, hidden=hidden, skipped_in_a_row=0)
-            after = self.settings.averaging
-            if after is not None and state.step + 1 > after * self.settings.num_steps:
-                average = _averaging.add(state.average, self.iterate(state))
-                state = state._replace(average=average)
-        return state
-
-    def skip(self, state: _State, metrics: Mapping[str, Any]) -> _State:
-        in_a_row, most = state.skipped_in_a_row + 1, self.settings.max_skipped
-        if in_a_row >= most:
-            raise FloatingPointError(
-                f"outer step {state.step}: the meta-loss is {metrics['meta_loss']} and the "
-                f"meta-gradient's norm {metrics['meta_grad_norm']} ({in_a_row} such steps in a "
-                f"row, max_skipped is {most}): inner training diverged; shorten the horizon, lower "
-                "the outer learning rate, or clip "
-                "(fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
-            )
-        return state._replace(skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
-
-    def iterate(self, state: _State) -> Tree:
-        return self.outer.eval_params(self.outer_params, state.meta_params, state.hidden)
-
-    def judged(self, state: _State) -> Tree:
-        if state.average.size:
-            return _averaging.value(state.average, state.meta_params)
-        return self.iterate(state)
-
-    def judge(self, state: _State) -> tuple[_State, float | None]:
-        if self.settings.validate is None:
-            return state, None
-        params = self.judged(state)
-        value = float(self.settings.validate(params))
-        if value < state.best_value:  # never true for NaN
-            return state._replace(best_params=params, best_value=value, misses=0), value
-        return state._replace(misses=state.misses + 1), value
-
-    def save(self, state: _State) -> None:
+    def save(self, state: State) -> None:
         folder = self.settings.checkpoint_folder
         if folder is not None:
             _checkpoint.save(Path(folder) / _checkpoint.NAME, state, self.about)
-
-
-def _metrics(step: int, estimate: Estimate) -> dict[str, Any]:
-    with torch.no_grad():  # what the estimator returned may carry a graph
-        grads = [g for g in trees.leaves(estimate.grads) if isinstance(g, Tensor)]
-        squares = [float(g.double().square().sum()) for g in grads]
-        metrics = {
-            "step": step,
-            "meta_loss": float(estimate.loss),
-            "meta_grad_norm": math.sqrt(sum(squares)),
-        }
-        if "signal_to_noise" in estimate.metrics:
-            metrics["signal_to_noise"] = float(estimate.metrics["signal_to_noise"])
-    return {**metrics, **diverged_tasks(estimate.metrics)}
