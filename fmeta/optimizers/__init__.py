@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adam import adam, adamw
+from fmeta.optimizers._basis_mlp import basis_mlp
 from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lstm import lstm
 from fmeta.optimizers._muon import muon
@@ -18,6 +19,7 @@ __all__ = [
     "BUILDERS",
     "adam",
     "adamw",
+    "basis_mlp",
     "get",
     "linear",
     "lstm",
@@ -32,7 +34,18 @@ __all__ = [
 # be called without arguments.
 BUILDERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f
-    for f in (sgd, rmsprop, adam, adamw, muon, per_parameter_sgd, linear, lstm, normalized_mlp)
+    for f in (
+        sgd,
+        rmsprop,
+        adam,
+        adamw,
+        muon,
+        per_parameter_sgd,
+        linear,
+        lstm,
+        normalized_mlp,
+        basis_mlp,
+    )
 }
 
 

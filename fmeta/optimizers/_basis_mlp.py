@@ -201,7 +201,8 @@ class _Rule:
             ]
         )
         told = told.reshape(_FEATURES, -1).clamp(-_BOUND, _BOUND)
-        w0 = torch.cat([th["w0"].narrow(0, 0, _FEATURES - 1), (th["w0"].select(0, -1) + bias)[None]])
+        weights, own_bias = th["w0"].split((_FEATURES - 1, 1))
+        w0 = torch.cat([weights, own_bias + bias])
         own_gates = th["w1"].mT @ torch.relu(w0.mT @ told)
         x = ((own_gates + gates.unsqueeze(1)) * told.narrow(0, 0, _BASES)).sum(0)
         delta = x * (-self.lr * size * torch.rsqrt(x.square().mean() + 1e-12))
