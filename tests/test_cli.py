@@ -1,15 +1,17 @@
 """The command line: everything is written, nothing is overwritten, errors are sentences."""
 
 import errno
+import io
 import json
 import os
 import signal
 import sys
 
 import pytest
+from rich.console import Console
 
 from fmeta import optimizers, pretrained
-from fmeta.cli import main
+from fmeta.cli import _train, main
 from fmeta.meta_train import _digits_job
 
 WRITTEN = {
@@ -315,3 +317,43 @@ def test_a_number_that_cannot_be_meant_leaves_no_folder_behind(tmp_path, capsys,
     assert train(tmp_path / "runs", option, "0") == 1
     assert "must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+ROWS = [
+    {"step": 0, "meta_loss": 2.5, "meta_grad_norm": 1.0, "validation": 2.25},
+    {"step": 1, "meta_loss": 2.0, "meta_grad_norm": 0.5, "diverged": 0.5,
+     "diverged_tasks": [{"task": 3, "inner_step": 7}]},
+    {"step": 2, "meta_loss": float("nan"), "meta_grad_norm": float("nan"), "skipped": 1},
+]  # fmt: skip
+
+
+def told(rows, total, **console):
+    file = io.StringIO()
+    with _train._progress(Console(file=file, width=200, **console), total) as (on_step, on_phase):
+        on_phase("a phase [of two]")
+        for row in rows:
+            on_step(row)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("console", [{}, {"force_terminal": True}], ids=["plain", "terminal"])
+def test_progress_tells_losses_and_what_diverged(console):
+    text = told(ROWS, 3, **console)
+    assert "a phase [of two]" in text
+    assert "outer step 1: 1 of 2 tasks diverged: task 3 at inner step 7" in text
+    assert "outer step 2: nothing finite to learn from, skipped" in text
+    assert "meta-loss nan, meta-gradient nan, validation 2.2500" in text  # the last one there was
+    assert ("3/3" in text) == bool(console)
+    assert ("\x1b" in text) == bool(console)
+
+
+def test_plain_progress_is_about_ten_lines():
+    rows = [{**ROWS[0], "step": step} for step in range(1000)]
+    assert 10 <= len(told(rows, 1000).splitlines()) <= 13
+
+
+def test_only_the_first_divergences_are_told_one_by_one():
+    rows = [{**ROWS[1], "step": step} for step in range(50)]
+    text = told(rows, 50)
+    assert text.count("tasks diverged: ") == 5
+    assert text.count("further ones are in metrics.jsonl") == 1

@@ -148,14 +148,16 @@ def _progress(console: Any, total: int) -> Iterator[tuple[OnStep, Callable[[str]
         yield on_step, say
         return
     from rich import progress as rich
+    from rich.table import Column
 
+    whole = Column(no_wrap=True)  # in a narrow terminal the text is what wraps
     columns = (
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
+        rich.BarColumn(bar_width=12, table_column=whole),
+        rich.MofNCompleteColumn(table_column=whole),
+        rich.TimeElapsedColumn(table_column=whole),
         rich.TextColumn("left"),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.description}", markup=False),
+        rich.TimeRemainingColumn(table_column=whole),
+        rich.TextColumn("{task.description}", markup=False, table_column=Column()),
     )
     with rich.Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
