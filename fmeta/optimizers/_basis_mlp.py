@@ -119,8 +119,8 @@ class _Rule:
 
     def init_hidden(self, th: Tree, p: Tensor) -> dict[str, Tensor]:
         scale = _rms(p).clamp(0.02, 1.0)
-        zero = torch.zeros_like(scale)
-        scalars = {"scale": scale, "growth": zero, "signal": zero, "count": count(p)}
+        zeros = {name: torch.zeros_like(scale) for name in ("signal", "growth")}
+        scalars = {"scale": scale, "count": count(p), **zeros}
         return {**{name: torch.zeros_like(p) for name in "mnv"}, **scalars}
 
     def init_shared(self, th: Tree, params: Tree, *, num_steps: Any) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ class _Rule:
         v = ema(h["v"], g * g, _DECAYS[1])
         new = {"m": m, "n": n, "v": v, "scale": h["scale"], "count": h["count"] + 1}
         if p.numel() == 0:
-            return torch.zeros_like(p), {**new, "growth": h["growth"], "signal": h["signal"]}
+            return torch.zeros_like(p), {**new, "signal": h["signal"], "growth": h["growth"]}
         m, n, share = m / c0, n / c1, v / (v.mean() + 1e-30)
         # Relative to the tensor's mean: gradients of any scale are told alike.
         root = torch.rsqrt(v / c1 + 1e-8 * (v.mean() / c1) + 1e-30)
