@@ -61,7 +61,7 @@ def over_families(
     parts = [build(f, n) for f, n in zip(family.families, numbers, strict=True)]
 
     def init(meta_params: Any, seed: int) -> tuple[Any, ...]:
-        seeds = [fold_in(seed, i).initial_seed() % 2**62 for i in range(len(parts))]
+        seeds = [fold_in(int(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
         return tuple(p.init(meta_params, s) for p, s in zip(parts, seeds, strict=True))
 
     def estimate(meta_params: Any, state: tuple[Any, ...]) -> tuple[Estimate, tuple[Any, ...]]:
