@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+
+from fmeta import trees
+from fmeta.optimizer import Optimizer
 
 __all__ = ["list_optimizers"]
 
@@ -15,13 +19,23 @@ def list_optimizers() -> int:
 
     from fmeta.optimizers import BUILDERS
 
-    table = Table("name", "arguments", "what it is")
+    table = Table("name", "learned", "arguments", "what it is")
     for name, builder in BUILDERS.items():
         parameters = inspect.signature(builder).parameters.values()
         arguments = ", ".join(str(p).split(":")[0] + _default(p) for p in parameters)
-        table.add_row(name, arguments, escape((inspect.getdoc(builder) or "").splitlines()[0]))
+        summary = (inspect.getdoc(builder) or "").splitlines()[0]
+        table.add_row(name, _learned(builder), arguments, escape(summary))
     Console().print(table)
     return 0
+
+
+def _learned(builder: Callable[..., Optimizer]) -> str:
+    """How many numbers meta-training would change; empty for a hand-made optimizer."""
+    required = [p for p in inspect.signature(builder).parameters.values() if p.default is p.empty]
+    if required:  # it is made for one tree of parameters
+        return "one a parameter"
+    count = sum(x.numel() for x in trees.leaves(builder().init()))
+    return f"{count} weights" if count else ""
 
 
 def _default(parameter: inspect.Parameter) -> str:

@@ -27,13 +27,14 @@ def table(evaluation: Evaluation, title: str | None = None) -> Table:
     result = Table(
         title=title and escape(title),
         caption=escape(_caption(evaluation)),
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     result.add_column("optimizer", min_width=12)
     for name in ("lr", "training", "held out", *metrics, *(("steps",) if counts else ()), "ratio"):
-        result.add_column(name, justify="right", no_wrap=True)
+        result.add_column(name, justify="right", no_wrap=name != "ratio")
     for name, outcome in outcomes.items():
         cells = ["" if outcome.lr is None else f"{outcome.lr:.3g}"]
         cells += [_loss(evaluation.summary(name, q).mean) for q in ("train_loss", "held_out_loss")]

@@ -85,7 +85,8 @@ def _styles(found: Mapping[str, Evaluation]) -> dict[str, _Style]:
     best = min(rest, key=ends.__getitem__, default=None)
     for k in sorted(rest, key=lambda k: k != best):
         is_best = k == best
-        label = f"{outcomes[k].label}, tuned" if is_best else "other tuned baselines"
+        named = is_best or len(rest) == 2
+        label = f"{outcomes[k].label}, tuned" if named else "other tuned baselines"
         styles[k] = _Style(label, PALETTE[1] if is_best else MUTED, "-", is_best)
     return styles
 
