@@ -104,36 +104,31 @@ def test_a_signal_leaves_a_run_that_can_be_resumed_and_says_how(
     assert contents(tmp_path) == whole[0]
 
 
-@pytest.mark.parametrize(
-    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids="{}-kills".format
-)
-def test_killed_at_random_moments_the_rest_gives_the_same_bytes(start, whole, tmp_path, kills):
-    want, seconds = whole
-    draw = random.Random(kills)
-    for n in range(kills):
-        folder = tmp_path / str(n)
-        options = ["--out", str(folder)]
-        process = start(*options)
-        time.sleep(draw.uniform(0, seconds))
-        process.send(signal.SIGKILL)
-        assert process.status() in (0, -signal.SIGKILL)
-        begun = (folder / "digits" / "config.json").exists()
-        assert start(*options, *(["--resume"] if begun else [])).status() == 0
-        assert contents(folder) == want
-
-
 @pytest.mark.slow
-def test_killed_again_and_again_the_rest_gives_the_same_bytes(start, whole, tmp_path):
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment_the_rest_gives_the_same_bytes(start, whole, tmp_path, seed):
+    killed_and_resumed(start, whole, tmp_path, [random.Random(seed).uniform(0, 1)])
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids="{} kills".format
+)
+def test_killed_again_and_again_the_rest_gives_the_same_bytes(start, whole, tmp_path, kills):
+    draw = random.Random(kills)
+    killed_and_resumed(start, whole, tmp_path, [draw.uniform(0, 0.5) for _ in range(kills)])
+
+
+def killed_and_resumed(start, whole, folder, moments):
+    """Kills after each of these parts of the time of a whole run, then lets it finish."""
     want, seconds = whole
-    draw = random.Random(0)
-    for _ in range(20):
-        begun = (tmp_path / "digits" / "config.json").exists()
+    for moment in (*moments, None):
+        begun = (folder / "digits" / "config.json").exists()
         process = start(*(["--resume"] if begun else []))
-        time.sleep(draw.uniform(0, seconds / 4))
-        process.send(signal.SIGKILL)
-        process.status()
-    assert start("--resume").status() == 0
-    assert contents(tmp_path) == want
+        if moment is not None:
+            time.sleep(moment * seconds)
+            process.send(signal.SIGKILL)
+        assert process.status() in ((0,) if moment is None else (0, -signal.SIGKILL))
+    assert contents(folder) == want
 
 
 def test_a_second_run_in_the_folder_of_one_that_is_going_on(start, whole, tmp_path, capsys):

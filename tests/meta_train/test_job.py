@@ -168,9 +168,11 @@ def killed_at(recipe, tmp_path, n):
     """A process that goes on with the job and is killed at its n-th write; whether it was."""
     child = os.fork()
     if child == 0:
-        counting(lambda k: os.kill(os.getpid(), signal.SIGKILL) if k == n else None)
-        go_on(recipe, tmp_path, f"cut{n}")
-        os._exit(0)
+        try:
+            counting(lambda k: os.kill(os.getpid(), signal.SIGKILL) if k == n else None)
+            go_on(recipe, tmp_path, f"cut{n}")
+        finally:
+            os._exit(0)  # not into the tests
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 

@@ -14,9 +14,12 @@ def hold(folder):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(folder):
-            os.write(write, b"x")
-            signal.pause()
+        try:
+            with locked(folder):
+                os.write(write, b"x")
+                signal.pause()
+        finally:
+            os._exit(1)  # not into the tests
     os.read(read, 1)
     os.close(read)
     os.close(write)
