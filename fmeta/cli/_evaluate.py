@@ -59,16 +59,13 @@ class EvaluateConfig:
 
     def checked(self) -> EvaluateConfig:
         """This configuration, or a ValueError that names what is wrong."""
-        for field in (
-            "num_seeds",
-            "tune_seeds",
-            "threads",
-            *(("chunk_size",) * bool(self.chunk_size)),
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        least = {"num_seeds": 2, "tune_seeds": 1, "threads": 1, "chunk_size": 1}
+        for field, bound in least.items():
+            value = getattr(self, field)
+            if value is not None and value < bound:
+                raise ValueError(f"{field} must be at least {bound}, got {value}")
         if not self.num_steps or min(self.num_steps) < 1:
-            given = ", ".join(map(str, self.num_steps)) or "nothing"
+            given = ", ".join(map(str, self.num_steps)) or "none"
             raise ValueError(f"num_steps must be at least 1, got {given}")
         evaluate.get_baselines(self.baselines)
         return self

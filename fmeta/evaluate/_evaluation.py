@@ -165,5 +165,10 @@ def band(losses: Tensor, at: list[int] | None = None) -> Band:
         parts = zip((0, *at), at, strict=False)
         losses = torch.stack([losses[:, i:j].mean(1) for i, j in parts], 1)
     losses = torch.where(losses.isfinite(), losses, torch.nan)
-    low, high = losses.amin(0), losses.amax(0)
-    return Band(torch.tensor(at, dtype=torch.float64), losses.mean(0), low, high)
+    curves = (losses.mean(0), losses.amin(0), losses.amax(0))
+    return Band(torch.tensor(at, dtype=torch.float64), *map(_rounded, curves))
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """To six digits, finer than a pixel: a file stays short and gives back the same numbers."""
+    return torch.tensor([float(f"{x:.6g}") for x in values.tolist()], dtype=torch.float64)

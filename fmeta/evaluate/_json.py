@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from fmeta.evaluate._tune import Search
 __all__ = ["Results", "from_dict", "load", "to_dict"]
 
 _FORMAT = 1
-_DIGITS = 6  # of curves; finer than a pixel
 
 
 class Results(NamedTuple):
@@ -163,8 +162,7 @@ def _outcome_from(value: Mapping[str, Any]) -> Outcome:
 
 
 def _band_to(band: Band) -> dict[str, list[Any]]:
-    short: Callable[[float], float] = lambda x: float(f"{x:.{_DIGITS}g}")  # noqa: E731
-    return {k: [_number(short(x)) for x in v.tolist()] for k, v in band._asdict().items()}
+    return {k: _list(v) for k, v in band._asdict().items()}
 
 
 def _band_from(value: Mapping[str, Any]) -> Band:
