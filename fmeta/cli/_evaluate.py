@@ -114,9 +114,10 @@ def run_evaluate(config: EvaluateConfig) -> int:
         for steps in config.num_steps
     }
     title = _title(config)
-    results = evaluate.Results(evaluations, title)
-    results.save(folder / "results.json")
-    plot.evaluations(folder / "curves.png", evaluations, title=title)
+    horizon = _of_run(_weights_file(config.weights), "horizon")
+    mark = None if horizon is None else (horizon, "horizon of meta-training")
+    evaluate.Results(evaluations, title, mark).save(folder / "results.json")
+    plot.evaluations(folder / "curves.png", evaluations, title=title, mark=mark)
     for name, found in evaluations.items():
         console.print(found.table(f"{title}, {name}"))
     console.print(f"written: {folder}/results.json, {folder}/curves.png", soft_wrap=True)
@@ -149,15 +150,15 @@ def _contenders(path: str) -> dict[str, tuple[Optimizer, Any]]:
     rule, opt_params = pretrained.load(file)
     found = {"learned rule": (rule, opt_params)}
     if trees.leaves(opt_params):
-        start = rule.init(torch.Generator().manual_seed(_seed_of_run(file)))
+        start = rule.init(torch.Generator().manual_seed(_of_run(file, "seed") or 0))
         found["untrained start"] = (rule, start)
     return found
 
 
-def _seed_of_run(file: Path) -> int:
-    """The seed that the start was drawn from; 0 for weights without a run."""
+def _of_run(file: Path, key: str) -> int | None:
+    """A whole number of the run's configuration; None for weights without a run."""
     try:
-        seed = json.loads((file.parent / "config.json").read_text())["seed"]
+        value = json.loads((file.parent / "config.json").read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return seed if isinstance(seed, int) else 0
+        return None
+    return value if isinstance(value, int) else None
