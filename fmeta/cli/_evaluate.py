@@ -114,8 +114,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
         for steps in config.num_steps
     }
     title = _title(config)
-    horizon = _of_run(_weights_file(config.weights), "horizon")
-    mark = None if horizon is None else (horizon, "horizon of meta-training")
+    mark = _mark(_run_config(_weights_file(config.weights)))
     evaluate.Results(evaluations, title, mark).save(folder / "results.json")
     plot.evaluations(folder / "curves.png", evaluations, title=title, mark=mark)
     for name, found in evaluations.items():
@@ -150,15 +149,31 @@ def _contenders(path: str) -> dict[str, tuple[Optimizer, Any]]:
     rule, opt_params = pretrained.load(file)
     found = {"learned rule": (rule, opt_params)}
     if trees.leaves(opt_params):
-        start = rule.init(torch.Generator().manual_seed(_of_run(file, "seed") or 0))
+        start = rule.init(torch.Generator().manual_seed(_seed(_run_config(file))))
         found["untrained start"] = (rule, start)
     return found
 
 
-def _of_run(file: Path, key: str) -> int | None:
-    """A whole number of the run's configuration; None for weights without a run."""
-    try:
-        value = json.loads((file.parent / "config.json").read_text())[key]
-    except (OSError, ValueError, KeyError, TypeError):
+def _seed(config: dict[str, Any]) -> int:
+    """The seed that the start of a run was drawn from; 0 for weights without a run."""
+    seed = config.get("seed")
+    return seed if isinstance(seed, int) else 0
+
+
+def _mark(config: dict[str, Any]) -> tuple[int, str] | None:
+    """The longest horizon of meta-training, to mark in the figure."""
+    horizons = config.get("horizons")
+    if not isinstance(horizons, list) or not horizons:
         return None
-    return value if isinstance(value, int) else None
+    if not all(isinstance(horizon, int) for horizon in horizons):
+        return None
+    return max(horizons), "longest of meta-training"
+
+
+def _run_config(file: Path) -> dict[str, Any]:
+    """The configuration beside the weights; empty for weights without a run."""
+    try:
+        config = json.loads((file.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

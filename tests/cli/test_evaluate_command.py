@@ -47,11 +47,11 @@ def test_a_run_is_evaluated_next_to_its_start_and_baselines(folder, capsys):
         assert words in printed
 
 
-def test_the_horizon_of_a_run_is_marked(folder):
-    (folder / "config.json").write_text(json.dumps({"seed": 3, "horizon": 4}))
+def test_the_longest_horizon_of_a_run_is_marked(folder):
+    (folder / "config.json").write_text(json.dumps({"seed": 3, "horizons": [2, 4]}))
     assert run("evaluate", folder, *TINY) == 0
     results = evaluate.load(folder / "evaluation-mlp-6" / "results.json")
-    assert results.mark == (4, "horizon of meta-training")
+    assert results.mark == (4, "longest of meta-training")
 
 
 def test_weights_are_evaluated_as_a_file_on_another_model(folder):
