@@ -63,7 +63,7 @@ def search_rates(
     Args:
         family: where the tasks come from.
         build: ``build(lr) -> Optimizer`` with nothing to learn; ``lr`` may be a traced scalar.
-        rates: candidates.
+        rates: candidates, positive.
         num_steps: inner steps T.
         num_seeds: tasks that each rate is tried on, the same for all.
         seed: of the tasks; `run` and `compare` with the same seed draw others.
@@ -79,8 +79,10 @@ def search_rates(
         A `Search`.
 
     Raises:
-        ValueError: when a seed diverges with every rate.
+        ValueError: no rates, or one that is not positive; when a seed diverges with every rate.
     """
+    if not rates or not all(0 < lr < float("inf") for lr in rates):
+        raise ValueError(f"rates must be positive numbers, at least one, got {list(rates)}")
     scored: dict[float, float] = {}
 
     def best_of(new: Sequence[float]) -> float:
@@ -108,8 +110,9 @@ def search_rates(
             break
         extended += len(new)
         best = best_of(new)
-    if refine:
-        best = best_of(_between(sorted(scored), best))
+    between = _between(sorted(scored), best) if refine else []
+    if between:
+        best = best_of(between)
     ordered = sorted(scored)
     return Search(best, tuple(ordered), tuple(scored[lr] for lr in ordered), extended)
 

@@ -110,6 +110,18 @@ def test_refinement_tries_the_rates_half_way_to_both_neighbours(quadratics):
     assert min(fine.scores) <= min(coarse.scores)
 
 
+def test_a_single_rate_has_neither_edges_nor_neighbours(quadratics):
+    found = evaluate.search_rates(quadratics, optimizers.adam, [0.1], **LENGTHS)
+    assert (found.rate, found.rates, found.extended) == (0.1, (0.1,), 0)
+    assert not found.at_edge
+
+
+@pytest.mark.parametrize("rates", [[], [0.0, 0.1], [-1.0], [math.nan]])
+def test_rates_that_cannot_be_meant_are_an_error(quadratics, rates):
+    with pytest.raises(ValueError, match="rates must be positive numbers, at least one"):
+        evaluate.search_rates(quadratics, optimizers.adam, rates, **LENGTHS)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_one_diverged_seed_is_enough_for_an_infinite_score(cliffs, seed):
     lengths = {"num_steps": STEPS, "num_seeds": 2, "seed": seed, "extend": False, "refine": False}
