@@ -352,7 +352,7 @@ def test_a_plan_fills_the_truncation_with_whole_trainings(horizons, truncation, 
             assert torch.equal(plan.t[k], go_on)
             assert bool((plan.t[k] < plan.horizon[k]).all())
             assert set(plan.horizon[k].tolist()) <= set(horizons)
-            if not stagger or step:
+            if not stagger or step or k:  # only the first trainings of all may end early
                 assert not plan.t[k][over].any()
             before, ends = plan.t[k] + 1, plan.horizon[k]
         begun = sorted((s.k, i) for s in plan.starts for i in s.places.tolist())
@@ -365,6 +365,16 @@ def test_staggered_trainings_end_at_different_steps():
     zeros = torch.zeros(20, dtype=torch.int64)
     now = Trainings((), (), {"k": zeros}, zeros, zeros, torch.zeros(20, 4, dtype=torch.int64))
     assert set(draws.plan(0, 0, now, None).t[0].tolist()) == {0, 10, 20, 30}
+
+
+def test_only_the_first_trainings_end_early():
+    draws = Draws(quadratics(), 20, (2, 8), 4, None, True)
+    zeros = torch.zeros(20, dtype=torch.int64)
+    now = Trainings((), (), {"k": zeros}, zeros, zeros, torch.zeros(20, 4, dtype=torch.int64))
+    plan = draws.plan(0, 0, now, None)
+    second = plan.is_new & (plan.drawn[..., 3] > 1)
+    assert (plan.horizon[second] == 8).any()
+    assert not plan.t[second].any()
 
 
 # What is refused

@@ -204,3 +204,30 @@ def test_inference_mode_and_recording_outside_change_nothing():
     close(got.grads, want.grads)
     with torch.inference_mode():
         close(estimates(build(), 2)[-1].grads, want.grads)
+
+
+def test_parameters_hidden_states_and_horizons_go_on():
+    fixed = FAMILY._replace(
+        batches=lambda config, generator, steps, split="train": torch.zeros(steps, 3, **DOUBLE)
+    )
+    estimator = build(fixed, horizon=(5, 8), truncation=3)
+    found = estimates(estimator, 12)
+    losses = torch.cat([f.metrics["losses"][..., 0] for f in found])
+    for i in range(3):
+        drawn = found[0].metrics["drawn"][i].tolist()
+        task = sample_task(fixed, 36, *drawn)
+        args = (RULE, loss_of_task(fixed), META, task.model_params, task.batches)
+        want = fmeta.unroll(*args, loss_args=(task.config,)).losses
+        same = (losses[:, i] - want).abs() < 1e-10
+        assert int(same.logical_not().int().argmax()) in (5, 8)  # then it is another training
+
+
+def test_a_training_keeps_the_horizon_it_was_given_and_the_next_gets_its_own():
+    estimator, known, ends = build(horizon=(5, 8), truncation=3), {}, set()
+    state = estimator.init(META, 3)
+    for _ in range(12):
+        _, state = estimator.estimate(META, state)
+        for name, horizon in zip(state.drawn.tolist(), state.horizon.tolist(), strict=True):
+            assert known.setdefault(tuple(name), horizon) == horizon
+            ends.add((name[2], horizon))
+    assert len(ends) > 4  # two of the three tasks have had both at least
