@@ -8,9 +8,10 @@ import signal
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
-from fmeta import optimizers, pretrained
+from fmeta import evaluate, optimizers, pretrained
 from fmeta.cli import _train, main
 from fmeta.meta_train import _digits_job
 
@@ -54,23 +55,22 @@ def finished(tmp_path_factory):
 
 def interrupted(folder, monkeypatch, at, *options):
     """A run that Ctrl-C stops before outer step ``at``."""
-    full = _digits_job.full
+    made = _digits_job.estimators.pes
     calls = [0]
 
     def stopping(*args, **kwargs):
-        estimator = full(*args, **kwargs)
+        estimator = made(*args, **kwargs)
 
         def estimate(meta_params, state):
-            if getattr(state, "seed", None) == 0:  # the training stream, not validation
-                calls[0] += 1
-                if calls[0] > at:
-                    raise KeyboardInterrupt
+            calls[0] += 1
+            if calls[0] > at:
+                raise KeyboardInterrupt
             return estimator.estimate(meta_params, state)
 
         return estimator._replace(estimate=estimate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_digits_job, "full", stopping)
+        patch.setattr(_digits_job.estimators, "pes", stopping)
         return train(folder, *options)
 
 
@@ -80,12 +80,16 @@ def test_a_run_writes_all_its_files(finished):
 
 
 def test_its_results_can_be_read(finished):
-    results = json.loads((finished / "digits" / "results.json").read_text())
-    assert results["learned"] in results["table"]
-    assert len(results["table"]) == 4
-    assert set(results["held_out_loss_minus"]) == results["table"].keys() - {results["learned"]}
-    for row in results["held_out_loss_minus"].values():
-        assert row["low"] <= row["mean"] <= row["high"]
+    found = evaluate.load(finished / "digits" / "results.json")
+    assert list(found.evaluations) == ["8 steps", "16 steps"]
+    for one in found.evaluations.values():
+        assert list(one.outcomes) == ["basis_mlp, meta-trained", "basis_mlp, untrained", "adam"]
+        first, *others = one.outcomes
+        for name in others:
+            row = one.paired(first, name, "held_out_loss")
+            assert row.low <= row.mean <= row.high
+    training = json.loads((finished / "digits" / "results.json").read_text())["training"]
+    assert training == {"outer_steps": 4, "stopped_early": False, "skipped": 0}
 
 
 def test_its_metrics_have_a_line_for_each_outer_step(finished):
@@ -94,8 +98,9 @@ def test_its_metrics_have_a_line_for_each_outer_step(finished):
 
 def test_its_weights_are_loaded_by_pretrained(finished):
     _, weights = pretrained.load(finished / "digits" / "weights.safetensors")
-    assert weights["weight"].shape == (1, 2)
-    assert not weights["weight"].equal(optimizers.linear().init()["weight"])
+    start = optimizers.basis_mlp().init(torch.Generator().manual_seed(0))
+    assert weights.keys() == start.keys()
+    assert not weights["log_lr"].equal(start["log_lr"])
 
 
 def test_a_second_run_into_the_folder_is_refused(finished, capsys):
@@ -138,7 +143,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(
         assert got == want, name
 
 
-@pytest.mark.parametrize("phase", ["tune", "compare", "curves"])
+@pytest.mark.parametrize("phase", ["run", "evaluations"])
 def test_a_run_interrupted_after_training_goes_straight_on_with_the_comparison(
     finished, tmp_path, monkeypatch, capsys, phase
 ):
@@ -146,7 +151,7 @@ def test_a_run_interrupted_after_training_goes_straight_on_with_the_comparison(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        module = _digits_job.plot if phase == "curves" else _digits_job.evaluate
+        module = _digits_job.plot if phase == "evaluations" else _digits_job.evaluate
         patch.setattr(module, phase, stop)
         assert train(tmp_path) == 130
     assert "fmeta train --resume" in capsys.readouterr().err
@@ -169,13 +174,23 @@ def test_resuming_a_finished_run_says_so_and_shows_the_table_again(finished, cap
     assert main(["train", "--resume", "--out", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "is finished" in out
-    assert "linear, untrained" in out
+    assert "untrained" in out
 
 
 def test_defaults_are_taken_from_a_file_and_overridden_by_flags(tmp_path, finished):
     file = tmp_path / "mine.json"
-    file.write_text(json.dumps({"smoke": True, "seed": 3, "outer_lr": 0.2, "eval_seeds": 4}))
-    options = ["--config", str(file), "--out", str(tmp_path), "--seed", "0", "--outer-lr=0.03"]
+    file.write_text(json.dumps({"smoke": True, "seed": 3, "outer_lr": 0.2, "std": 0.1}))
+    options = [
+        "--config",
+        str(file),
+        "--out",
+        str(tmp_path),
+        "--seed",
+        "0",
+        "--outer-lr=0.004",
+        "--std",
+        "0.03",
+    ]
     assert main(["train", *options]) == 0
     assert metrics(tmp_path) == metrics(finished)  # with the seed and the rate of the defaults
 
@@ -189,9 +204,9 @@ def test_the_config_of_a_run_is_such_a_file(finished, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"horizn": 5}', "unknown option 'horizn': did you mean horizon?"),
-        ('{"horizon": "long"}', "option 'horizon' must be of type int, got 'long'"),
-        ('{"horizon": 0}', "horizon must be at least 1, got 0"),
+        ('{"horizn": 5}', "unknown option 'horizn': did you mean horizons?"),
+        ('{"truncation": "long"}', "option 'truncation' must be of type int, got 'long'"),
+        ('{"truncation": 0}', "truncation must be at least 1, got 0"),
         ("{", "is not a whole JSON file"),
         (None, "there is no file"),
     ],
@@ -256,12 +271,19 @@ def test_resuming_a_damaged_checkpoint_says_so(tmp_path, monkeypatch, capsys):
         (["--rule", "per-parameter-sgd"], "unknown optimizer 'per-parameter-sgd'"),
         (["--rule", "per_parameter_sgd"], "'per_parameter_sgd' needs arguments"),
         (["--num-steps", "0"], "num_steps must be at least 1, got 0"),
-        (["--horizon", "-1"], "horizon must be at least 1, got -1"),
+        (["--horizons", "20", "0"], "horizons must be numbers of at least 1, got (20, 0)"),
+        (["--eval-lengths", "1", "1"], "eval_lengths must differ"),
+        (["--std", "0"], "std must be positive, got 0"),
+        (["--tasks", "mlp"], "a task is model:widths[:activation], like mlp:24,24:tanh, got 'mlp'"),
+        (["--tasks", "mpl:8"], "task 'mpl:8': unknown model 'mpl'"),
+        (["--eval-task", "mlp:8:relo"], "task 'mlp:8:relo': unknown activation 'relo'"),
+        (["--num-tasks", "1"], "num_tasks must be at least the number of tasks, got 1"),
+        (["--baselines", "adan"], "unknown baseline 'adan': did you mean adam"),
+        (["--estimator", "ps"], "estimator must be one of pes, truncated, full, got 'ps'"),
+        (["--estimator", "full", "--compile"], "compile goes with the estimator pes"),
         (["--eval-seeds", "1"], "eval_seeds must be at least 2"),
         (["--outer-lr", "0"], "outer_lr must be positive, got 0"),
         (["--outer-lr", "nan"], "outer_lr must be positive, got nan"),
-        (["--first-order", "yes"], "first_order must be one of none, gradients, inputs, got 'yes'"),
-        (["--checkpoint", "log"], "checkpoint must be none, sqrt or a number of snapshots"),
         (["--name", "a/b"], "name must be the name of a folder, got 'a/b'"),
     ],
 )
@@ -305,11 +327,11 @@ def test_all_optimizers_are_listed(capsys):
     assert all(name in out for name in optimizers.BUILDERS)
 
 
-def test_first_order_and_checkpoint_reach_the_run(tmp_path, finished):
-    assert train(tmp_path, "--first-order", "gradients", "--checkpoint", "3") == 0
-    exact, first = (metrics(f)[0] for f in (finished, tmp_path))
-    assert exact["meta_loss"] == pytest.approx(first["meta_loss"], rel=1e-5)
-    assert exact["meta_grad_norm"] != pytest.approx(first["meta_grad_norm"], rel=1e-3)
+@pytest.mark.parametrize("estimator", ["truncated", "full"])
+def test_every_estimator_trains(tmp_path, finished, estimator):
+    assert train(tmp_path, "--estimator", estimator) == 0
+    other, of_pes = (metrics(f)[0] for f in (tmp_path, finished))
+    assert other["meta_grad_norm"] != of_pes["meta_grad_norm"]
 
 
 @pytest.mark.parametrize("option", ["--patience", "--validate-every", "--threads"])

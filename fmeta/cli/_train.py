@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from fmeta.evaluate import Evaluation
 from fmeta.meta_train import TrainConfig, describe_diverged, read_config, train_on_digits
 
 __all__ = ["run_train", "train_command"]
@@ -200,26 +201,5 @@ class _Notices:
 
 
 def _show(console: Any, results: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(
-        "optimizer",
-        "training",
-        "held out",
-        "learned - this [95 %]",
-        title="final losses (mean of the last tenth of the steps, fresh seeds)",
-        caption="learned - this: paired difference of held-out losses over the seeds",
-    )
-    paired = results["held_out_loss_minus"]
-    for name, row in results["table"].items():
-        d = paired.get(name)
-        table.add_row(
-            name,
-            f"{row['final_train_loss']:.4f}",
-            f"{row['final_held_out_loss']:.4f}",
-            f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else "",
-        )
-    console.print(table)
-    for name, row in results["table"].items():
-        if row["diverged_seeds"]:
-            console.print(f"{name}: {row['diverged_seeds']} seeds diverged", highlight=False)
+    for name, value in results["evaluations"].items():
+        console.print(Evaluation.from_dict(value).table(f"{results['title']}, {name}"))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from fmeta import optimizers, trees
+from fmeta.evaluate import BASELINES, get_baselines
+from fmeta.meta_train._digits_tasks import digits_by_name
 from fmeta.optimizer import Optimizer
+from fmeta.tasks import TaskFamily
 
 __all__ = ["TrainConfig"]
+
+ESTIMATORS = ("pes", "truncated", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Meta-trains a learned optimizer on scikit-learn's digits and shows how good it is."""
 
-    rule: str = "linear"
+    rule: str = "basis_mlp"
     """Learned rule, a name that `fmeta optimizers` lists."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -23,83 +27,131 @@ class TrainConfig:
     """Name of the run: everything is written to OUT/NAME."""
     seed: int = 0
     """Seed of all randomness."""
-    num_steps: int = 60
-    """Outer steps."""
-    num_tasks: int = 4
-    """Tasks that one meta-gradient averages over."""
-    horizon: int = 100
-    """Inner steps of one task in meta-training."""
-    eval_steps: int = 100
-    """Inner steps of the final comparison (by default as many as the horizon)."""
-    eval_seeds: int = 10
-    """Fresh initialisations in the final comparison."""
-    width: int = 32
-    """Hidden width of the classifiers 64-WIDTH-10."""
-    batch_size: int = 64
+    tasks: tuple[str, ...] = ("mlp:32", "mlp:24,24:tanh", "autoencoder:24")
+    """Models to learn on, each model:widths or model:widths:activation."""
+    batch_size: int = 128
     """Images in an inner batch."""
-    outer_lr: float = 3e-2
-    """Learning rate of Adam outside."""
+    online: bool = True
+    """Shift, rotate and noise every batch afresh, so that training loss tells generalisation."""
+    estimator: str = "pes"
+    """Of the meta-gradient: pes, truncated (backpropagation through pieces) or full (the whole)."""
+    num_tasks: int = 33
+    """Trainings that one meta-gradient averages over (pes: pairs of them)."""
+    horizons: tuple[int, ...] = (50, 100, 200)
+    """Inner steps of a training; each gets one of these (full: the longest)."""
+    truncation: int = 20
+    """Inner steps between two outer steps (not for full)."""
+    std: float = 0.03
+    """Standard deviation of the perturbations (pes only)."""
+    num_steps: int = 260
+    """Outer steps."""
+    outer_lr: float = 4e-3
+    """Learning rate of Adam outside at its start; it falls to a twentieth, along a cosine."""
     max_grad_norm: float = 1.0
     """Meta-gradients with a larger norm are scaled down to it."""
-    first_order: str = "none"
-    """none (second order), or constants for the rule: its gradients, or all its inputs."""
-    checkpoint: str = "sqrt"
-    """Memory of the unroll: none, sqrt or a number of snapshots."""
-    validate_every: int = 10
-    """Outer steps between validations on tasks of their own."""
-    patience: int | None = 5
-    """Stop after this many validations without a new best; None: never."""
-    averaging: float | None = None
+    averaging: float | None = 0.5
     """Average the weights over the outer steps after this fraction of them; None: do not."""
+    validation_task: str = "mlp:40"
+    """Model on which meta-validation trains, with seeds of its own."""
+    validation_seeds: int = 16
+    """Trainings of a validation, each of the longest horizon; always the same ones."""
+    validate_every: int = 40
+    """Outer steps between validations; the best weights are kept."""
+    patience: int | None = 4
+    """Stop after this many validations without a new best; None: never."""
     max_skipped: int = 10
     """Outer steps in a row of which all tasks diverge, after which the run gives up."""
     save_every: int = 10
     """Outer steps between checkpoints."""
+    eval_task: str = "mlp:48"
+    """Model of the final comparison; the default is of a width that was not met before."""
+    eval_lengths: tuple[int, ...] = (1, 5, 10)
+    """Inner steps of the final comparison, in multiples of the longest horizon."""
+    eval_seeds: int = 16
+    """Fresh initialisations in the final comparison (half as many for longer trainings)."""
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    """Hand-made optimizers to tune and compare with; longer trainings take Adam and Muon only."""
+    compile: bool = False
+    """Compile the inner step (pes only): twice as fast after half a minute for each task."""
     tensorboard: bool = False
     """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
-    threads: int = 1
-    """Threads of torch; on these small models two take as long as one, and more CPU time."""
+    threads: int = 2
+    """Threads of torch."""
     resume: bool = False
     """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False
-    """A few seconds instead of a minute: proves that everything runs, the result is no good."""
+    """A few seconds instead of minutes: proves that everything runs, the result is no good."""
 
     def checked(self) -> TrainConfig:
         """This configuration, shrunk for ``smoke``, or a ValueError that names what is wrong."""
         self.build_rule()
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(
+                f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}"
+            )
+        self._check_numbers()
+        if not self.tasks:
+            raise ValueError("tasks is empty: name at least one, like mlp:32")
+        for name in (*self.tasks, self.validation_task, self.eval_task):
+            self.family(name)
+        if self.num_tasks < len(self.tasks):
+            raise ValueError(
+                f"num_tasks must be at least the number of tasks, got {self.num_tasks} for "
+                f"{len(self.tasks)} kinds"
+            )
+        if self.compile and self.estimator != "pes":
+            raise ValueError(f"compile goes with the estimator pes, not with {self.estimator}")
+        get_baselines(self.baselines)
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name must be the name of a folder, got {self.name!r}")
+        if not self.smoke:
+            return self
+        return dataclasses.replace(
+            self,
+            tasks=self.tasks[:1],
+            num_tasks=2,
+            horizons=(8,),
+            truncation=4,
+            num_steps=4,
+            validate_every=2,
+            validation_seeds=2,
+            eval_lengths=(1, 2),
+            eval_seeds=3,
+            baselines=self.baselines[:1],
+            threads=1,
+        )
+
+    def _check_numbers(self) -> None:
         for field in (
-            "num_steps",
-            "num_tasks",
-            "horizon",
-            "eval_steps",
-            "width",
             "batch_size",
-            "threads",
+            "num_tasks",
+            "truncation",
+            "num_steps",
+            "validation_seeds",
             "validate_every",
             "max_skipped",
             "save_every",
+            "threads",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("horizons", "eval_lengths"):
+            values = getattr(self, field)
+            if not values or min(values) < 1:
+                raise ValueError(f"{field} must be numbers of at least 1, got {values}")
+        if len(set(self.eval_lengths)) < len(self.eval_lengths):
+            raise ValueError(f"eval_lengths must differ from each other, got {self.eval_lengths}")
         if self.eval_seeds < 2:
             raise ValueError(
                 f"eval_seeds must be at least 2 (for an interval), got {self.eval_seeds}"
             )
-        for field in ("outer_lr", "max_grad_norm"):
+        for field in ("std", "outer_lr", "max_grad_norm"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
         if self.averaging is not None and not 0 <= self.averaging < 1:
             raise ValueError(f"averaging must be in [0, 1) or None, got {self.averaging}")
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise ValueError(f"name must be the name of a folder, got {self.name!r}")
-        self.unroll_options()
-        if not self.smoke:
-            return self
-        return dataclasses.replace(
-            self, num_steps=4, num_tasks=2, horizon=8, eval_steps=16, eval_seeds=3, validate_every=2
-        )
 
     def build_rule(self) -> Optimizer:
         """The rule with its default arguments, or a ValueError when it has nothing to learn."""
@@ -114,20 +166,6 @@ class TrainConfig:
             raise ValueError(f"{self.rule} has nothing to learn: choose a learned rule")
         return rule
 
-    def unroll_options(self) -> dict[str, Any]:
-        """``first_order`` and ``checkpoint`` as `fmeta.unroll` takes them."""
-        orders = {"none": False, "gradients": "gradients", "inputs": "inputs"}
-        if self.first_order not in orders:
-            raise ValueError(
-                f"first_order must be one of {', '.join(orders)}, got {self.first_order!r}"
-            )
-        checkpoint: str | int | None = self.checkpoint
-        if self.checkpoint == "none":
-            checkpoint = None
-        elif self.checkpoint.isdecimal() and int(self.checkpoint) > 0:
-            checkpoint = int(self.checkpoint)
-        elif self.checkpoint != "sqrt":
-            raise ValueError(
-                f"checkpoint must be none, sqrt or a number of snapshots, got {self.checkpoint!r}"
-            )
-        return {"first_order": orders[self.first_order], "checkpoint": checkpoint}
+    def family(self, task: str) -> TaskFamily:
+        """The family of that name, or a ValueError."""
+        return digits_by_name(task, batch_size=self.batch_size, online=self.online)

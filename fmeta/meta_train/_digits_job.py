@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta import combinators, evaluate, optimizers, plot
-from fmeta.estimators import full
+from fmeta import combinators, estimators, evaluate, optimizers, plot
+from fmeta.estimators import Estimator
+from fmeta.evaluate import Evaluation
 from fmeta.meta_train._config import TrainConfig
 from fmeta.meta_train._job import Recipe, run_job
 from fmeta.meta_train._loop import OnStep, Result
-from fmeta.tasks import TaskFamily, digits
+from fmeta.meta_train._validation import Validation
+from fmeta.optimizer import Optimizer
+from fmeta.tasks import mixture
 
-__all__ = ["train_on_digits"]
-
-RATES = [10 ** (e / 2) for e in range(-8, 3)]  # 1e-4 ... 10
+__all__ = ["late_log_loss", "train_on_digits"]
 
 # Streams of tasks that never meet: meta-training draws from the run's own seed.
-_VALIDATION, _TUNING, _COMPARISON = 1_000_003, 1_000_033, 1_000_037
+_VALIDATION, _COMPARISON = 1_000_003, 1_000_037
 
 
 def train_on_digits(
@@ -40,7 +41,8 @@ def train_on_digits(
         on_phase: called with a line of text as each phase begins.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds: a `fmeta.evaluate.Results` as a dict, and under ``"training"``
+        how meta-training ended.
 
     Raises:
         ValueError: a configuration that cannot be meant, a rule with nothing to learn, or a run to
@@ -54,28 +56,27 @@ def train_on_digits(
 
 
 def digits_recipe(config: TrainConfig) -> Recipe:
-    """Digits classifiers of one width; exact meta-gradients on validation images."""
+    """Models of several kinds on digits; the rule is to end with a low loss, and soon."""
     rule = config.build_rule()
     start = rule.init(torch.Generator().manual_seed(config.seed))
-    family = digits((config.width,), batch_size=config.batch_size)
-    sizes: dict[str, Any] = {"num_tasks": config.num_tasks, "horizon": config.horizon}
-    estimator = full(rule, family, eval_split="validation", **sizes, **config.unroll_options())
-    watch = full(rule, family, eval_split="validation", **sizes)
-
-    def validate(meta_params: Any) -> Any:
-        # The same tasks each time: a new best is a better rule, not an easier draw.
-        state = watch.init(meta_params, config.seed + _VALIDATION)
-        return watch.estimate(meta_params, state)[0].loss
-
+    validation = Validation(
+        rule,
+        config.family(config.validation_task),
+        num_steps=max(config.horizons),
+        num_seeds=config.validation_seeds,
+        seed=config.seed + _VALIDATION,
+    )
     options = {
         "outer": combinators.chain(
             combinators.clip_by_global_norm(config.max_grad_norm),
-            combinators.scheduled(optimizers.adam(config.outer_lr), _cosine, needs={"num_steps"}),
+            combinators.scheduled(
+                optimizers.adam(config.outer_lr, betas=(0.9, 0.98)), _falling, needs={"num_steps"}
+            ),
         ),
         "num_steps": config.num_steps,
         "seed": config.seed,
         "averaging": config.averaging,
-        "validate": validate,
+        "validate": validation,
         "validate_every": config.validate_every,
         "patience": config.patience,
         "max_skipped": config.max_skipped,
@@ -84,9 +85,53 @@ def digits_recipe(config: TrainConfig) -> Recipe:
     }
 
     def compare(result: Result, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        return _compare(config, rule, start, family, result, folder, say)
+        return _compare(config, rule, start, result, folder, say)
 
-    return Recipe(config.rule, {}, estimator, start, options, compare)
+    return Recipe(config.rule, {}, _estimator(config, rule), start, options, compare)
+
+
+def late_log_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) -> Tensor:
+    """Logarithm of the loss, with eleven times the weight in the last fifth of a training.
+
+    A rule is to end low; the little weight before tells it early what leads there. Logarithms make
+    tasks of different losses count alike.
+    """
+    late = (t >= 0.8 * horizon).to(losses.dtype)
+    seen = losses if evals is None else evals
+    return (1 + 10 * late) / 3 * seen.clamp(max=1e4).log()
+
+
+def _estimator(config: TrainConfig, rule: Optimizer) -> Estimator:
+    family = mixture([config.family(name) for name in config.tasks])
+    if config.estimator == "full":
+        return estimators.full(
+            rule,
+            family,
+            num_tasks=config.num_tasks,
+            horizon=max(config.horizons),
+            meta_loss=_late_log_loss_of_run,
+            checkpoint="sqrt",
+        )
+    options: dict[str, Any] = {
+        "num_tasks": config.num_tasks,
+        "horizon": config.horizons,
+        "truncation": config.truncation,
+        "meta_loss": late_log_loss,
+    }
+    if config.estimator == "truncated":
+        return estimators.truncated(rule, family, **options)
+    return estimators.pes(rule, family, std=config.std, **options)
+
+
+def _late_log_loss_of_run(run: Any) -> Tensor:
+    t = torch.arange(len(run.losses), device=run.losses.device)
+    return late_log_loss(run.losses, None, t, torch.tensor(len(run.losses))).mean()
+
+
+def _falling(t: Tensor, num_steps: Tensor | None) -> Tensor:
+    """From 1 to a twentieth; the last steps settle what the first ones found."""
+    assert num_steps is not None  # `needs` asks for it
+    return 0.05 + 0.95 * 0.5 * (1 + torch.cos(math.pi * t / num_steps))
 
 
 def _tensorboard(config: TrainConfig) -> Path | None:
@@ -95,71 +140,43 @@ def _tensorboard(config: TrainConfig) -> Path | None:
 
 def _compare(
     config: TrainConfig,
-    rule: Any,
+    rule: Optimizer,
     start: Any,
-    family: TaskFamily,
     result: Result,
     folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    say("tuning the baselines on validation images")
-    lengths: dict[str, Any] = {"num_steps": config.eval_steps, "num_seeds": config.eval_seeds}
-    rates = {
-        name: evaluate.tune(family, builder, RATES, seed=config.seed + _TUNING, **lengths)
-        for name, builder in (("sgd", optimizers.sgd), ("adam", optimizers.adam))
+    horizon = max(config.horizons)
+    contenders = {
+        f"{config.rule}, meta-trained": (rule, result.meta_params),
+        f"{config.rule}, untrained": (rule, start),
     }
-    say("comparing on fresh seeds and held-out images")
-    curves = evaluate.compare(
-        family,
-        {
-            f"{config.rule}, meta-trained": (rule, result.meta_params),
-            f"{config.rule}, untrained": (rule, start),
-            f"SGD, tuned (lr {rates['sgd']:.2g})": (optimizers.sgd(rates["sgd"]), {}),
-            f"Adam, tuned (lr {rates['adam']:.2g})": (optimizers.adam(rates["adam"]), {}),
-        },
-        seed=config.seed + _COMPARISON,
-        **lengths,
-    )
-    say("drawing curves.png")
-    plot.curves(
-        folder / "curves.png",
-        {
-            "training images": {k: c.train for k, c in curves.items()},
-            "held-out images": {k: c.held_out for k, c in curves.items()},
-        },
-        title=f"Digits, MLP 64-{config.width}-10: a learned optimizer beside tuned ones",
-        mark=(config.horizon, "horizon of meta-training"),
-    )
-    return _results(curves, result)
-
-
-def _cosine(t: Tensor, num_steps: Tensor | None) -> Tensor:
-    """From 1 to 0; the last steps settle what the first ones found."""
-    assert num_steps is not None  # `needs` asks for it
-    return 0.5 * (1 + torch.cos(math.pi * t / num_steps))
-
-
-def _results(curves: dict[str, evaluate.Curves], result: Result) -> dict[str, Any]:
-    learned, *others = curves
-    table = {
-        name: {
-            "final_train_loss": float(evaluate.final_loss(c.train).mean()),
-            "final_held_out_loss": float(evaluate.final_loss(c.held_out).mean()),
-            "diverged_seeds": int((~c.train.isfinite()).any(-1).sum()),
-        }
-        for name, c in curves.items()
-    }
-    ours = evaluate.final_loss(curves[learned].held_out)
-    paired = {}
-    for name in others:
-        mean, low, high = evaluate.paired_difference(
-            ours, evaluate.final_loss(curves[name].held_out)
+    found: dict[str, Evaluation] = {}
+    for length in config.eval_lengths:
+        steps = length * horizon
+        long = length > 1
+        say(f"comparing on fresh seeds and held-out images, {steps} steps")
+        found[f"{steps} steps"] = evaluate.run(
+            config.family(config.eval_task),
+            contenders,
+            num_steps=steps,
+            num_seeds=max(2, config.eval_seeds // 2) if long else config.eval_seeds,
+            seed=config.seed + _COMPARISON,
+            baselines=[b for b in config.baselines if not long or b in _LONG],
+            tune_seeds=2 if long else 3,
         )
-        paired[name] = {"mean": mean, "low": low, "high": high}
-    return {
-        "learned": learned,
+    images = "freshly transformed digits" if config.online else "digits"
+    title = f"{config.eval_task} on {images}: a learned optimizer beside tuned ones"
+    results = evaluate.Results(found, title, (horizon, "longest of meta-training"))
+    say("drawing curves.png")
+    plot.evaluations(folder / "curves.png", found, title=title, mark=results.mark)
+    training = {
         "outer_steps": result.step,
         "stopped_early": result.stopped_early,
-        "table": table,
-        "held_out_loss_minus": paired,
+        "skipped": result.skipped,
     }
+    return {**results.to_dict(), "training": training}
+
+
+# What longer trainings are compared with: to tune all again, ten times as long, takes minutes.
+_LONG = ("adam", "adam_cosine", "muon_cosine")
