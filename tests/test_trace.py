@@ -90,3 +90,35 @@ def test_errors_are_those_of_the_function():
 
     with pytest.raises(ValueError, match="shape of your data"):
         Traced(wrong)(torch.ones(2))
+
+
+def test_what_changes_from_call_to_call_is_not_frozen():
+    calls = [0]
+
+    def counting(x):
+        calls[0] += 1
+        return x + calls[0]
+
+    recorded = Traced(counting)
+    first, second = recorded(torch.zeros(1)), recorded(torch.zeros(1))
+    assert second == first + 1
+
+
+def test_views_that_are_edited_in_place_stay_views_of_their_own():
+    def squeezed(x):
+        y = x.view(1, 3).detach()
+        y.squeeze_(0)
+        return y + 1, x.view(1, 3) * 2
+
+    x = torch.arange(3.0).reshape(1, 3)
+    got, want = Traced(squeezed)(x), squeezed(x)
+    assert all(map(torch.equal, got, want))
+    assert [y.shape for y in got] == [y.shape for y in want]
+
+
+@pytest.mark.slow
+def test_compiled_is_equal_to_rounding():
+    recorded, compiled = Traced(step), Traced(step, compile=True)
+    for i in range(2):
+        got, want = compiled(*arguments(i)), recorded(*arguments(i))
+        trees.map(torch.testing.assert_close, got, want)

@@ -84,6 +84,8 @@ def pes(
     perturb: Callable[[Tree, int, int], Tree] | None = None,
     chunk_size: int | None = None,
     trace: bool = True,
+    compile: bool = False,
+    workers: int = 1,
 ) -> Estimator:
     """Antithetic persistent evolution strategies, all trainings of all particles by one `vmap`.
 
@@ -114,9 +116,14 @@ def pes(
         stagger: the first trainings end early, at different steps, so that later ones are not all
             at the same point.
         perturb: ``perturb(meta_params, step, particle) -> eps``, in place of normal draws.
-        chunk_size: members (pairs count twice) that are worked on together; None: all.
+        chunk_size: members (pairs count twice) that are worked on together, through the whole
+            truncation: about as many as fit the cache; None: all.
         trace: the inner step is recorded once and replayed, with the same results; False where
             ``family.loss`` or the rule are no pure functions of tensors.
+        compile: what was recorded is compiled: several times as fast, after a quarter of a minute
+            or more for each family (and again in each process); equal to rounding only.
+        workers: threads, each with a family of a mixture at a time, or with its share of the
+            members of a single family. Best with one torch thread (`torch.set_num_threads`).
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
@@ -137,7 +144,11 @@ def pes(
     check_rule(optimizer)
     particles = num_tasks if num_particles is None else num_particles
     check_sizes(
-        num_tasks=num_tasks, truncation=truncation, num_particles=particles, chunk_size=chunk_size
+        num_tasks=num_tasks,
+        truncation=truncation,
+        num_particles=particles,
+        chunk_size=chunk_size,
+        workers=workers,
     )
     check_horizon(horizon)
     if not 0 < std < math.inf:
@@ -149,14 +160,23 @@ def pes(
     score = meta_loss or last_loss
     each = num_tasks // particles
 
+    single = isinstance(family, TaskFamily)
+
     def build(family: TaskFamily, particles: int) -> Estimator:
-        evaluate = eval_split is not None
-        advance = by_steps(optimizer, family, evaluate=evaluate, chunk_size=chunk_size, trace=trace)
+        advance = by_steps(
+            optimizer,
+            family,
+            evaluate=eval_split is not None,
+            chunk_size=chunk_size,
+            trace=trace,
+            compile=compile,
+            workers=workers if single else 1,
+        )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         draws = Draws(family, particles * each, horizon, truncation, eval_split, stagger)
         return _of_family(draws, stepper, particles, std, score, perturb)
 
-    return over_families(build, family, particles)
+    return over_families(build, family, particles, workers)
 
 
 def _of_family(

@@ -7,6 +7,7 @@ Everything that is random, and which training ends when, is settled on the CPU b
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._threads import in_threads
 from fmeta._trace import Traced
 from fmeta._unroll import InnerState, inner_step, unroll
 from fmeta.estimators._contract import Bind, bound_pair
@@ -318,8 +320,14 @@ def by_steps(
     evaluate: bool,
     chunk_size: int | None = None,
     trace: bool = False,
+    compile: bool = False,
+    workers: int = 1,
 ) -> Advance:
-    """Step after step without a graph; with ``trace`` recorded once and replayed."""
+    """Step after step without a graph; with ``trace`` recorded once and replayed.
+
+    A chunk of members makes all steps before the next one begins, so that what it works on stays
+    in the cache; or at the same time as others, each in a thread.
+    """
     loss_fn = loss_of_task(family)
     inner = inner_step(optimizer, loss_fn)
 
@@ -332,11 +340,11 @@ def by_steps(
         seen = optimizer.eval_params(opt_params, state.params, state.hidden)
         return state.params, state.hidden, metrics["loss"], loss_fn(seen, shown, config)
 
-    step: Callable[..., Any] = torch.vmap(one, chunk_size=chunk_size)
-    if trace:
-        step = Traced(step)
+    step: Callable[..., Any] = torch.vmap(one)
+    if trace or compile:
+        step = Traced(step, compile=compile)
 
-    def advance(
+    def advance_chunk(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree
     ) -> tuple[Tree, Tree, Tensor, Tensor | None]:
         losses, evals = [], []
@@ -345,9 +353,30 @@ def by_steps(
             params, hidden, loss, value = step(opt_params, params, hidden, config, batch, seen)
             losses.append(loss)
             evals.append(value)
-        return params, hidden, torch.stack(losses), torch.stack(evals) if evaluate else None
+        return params, hidden, torch.stack(losses), torch.stack(evals) if evaluate else ()
+
+    def advance(*args: Tree) -> tuple[Tree, Tree, Tensor, Tensor | None]:
+        members = len(trees.leaves(args[1])[0])
+        size = min(chunk_size or members, -(-members // workers))
+        chunks = [
+            # Batches are by step, then by member; the rest by member.
+            functools.partial(
+                advance_chunk, *_part(args[:4], 0, i, size), *_part(args[4:], 1, i, size)
+            )
+            for i in range(0, members, size)
+        ]
+        found = in_threads(chunks, workers)
+        params, hidden, *losses = (
+            trees.map(lambda *xs, dim=dim: torch.cat(xs, dim), *parts)
+            for parts, dim in zip(zip(*found, strict=True), (0, 0, 1, 1), strict=True)
+        )
+        return params, hidden, losses[0], losses[1] if evaluate else None
 
     return advance
+
+
+def _part(tree: Tree, dim: int, start: int, size: int) -> Tree:
+    return trees.map(lambda x: x.narrow(dim, start, min(size, x.shape[dim] - start)), tree)
 
 
 def by_unroll(
