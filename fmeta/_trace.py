@@ -7,6 +7,7 @@ results, bit for bit.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fmeta import trees
 
 __all__ = ["Traced"]
+
+_recording = threading.Lock()
 
 
 class Traced:
@@ -41,7 +44,8 @@ class Traced:
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in flat))
         with torch.no_grad():
             if key not in self.recorded:
-                self.recorded[key] = self._record(flat, spec)
+                with _recording:  # which is for one thread at a time
+                    self.recorded[key] = self._record(flat, spec)
             replay, out_spec = self.recorded[key]
             if replay is None:
                 return self.fn(*args)

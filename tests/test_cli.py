@@ -334,7 +334,7 @@ def test_every_estimator_trains(tmp_path, finished, estimator):
     assert other["meta_grad_norm"] != of_pes["meta_grad_norm"]
 
 
-@pytest.mark.parametrize("option", ["--patience", "--validate-every", "--threads"])
+@pytest.mark.parametrize("option", ["--patience", "--validate-every"])
 def test_a_number_that_cannot_be_meant_leaves_no_folder_behind(tmp_path, capsys, option):
     assert train(tmp_path / "runs", option, "0") == 1
     assert "must be at least 1" in capsys.readouterr().err

@@ -55,7 +55,7 @@ class EvaluateConfig:
     overwrite: bool = False
     """Replace the results of an earlier evaluation in that folder."""
     threads: int = 1
-    """Threads of torch."""
+    """Threads of torch; small models are no faster with two."""
 
     def checked(self) -> EvaluateConfig:
         """This configuration, or a ValueError that names what is wrong."""

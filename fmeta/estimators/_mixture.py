@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._threads import in_threads
 from fmeta.estimators._averages import squared_norm
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.random import fold_in
@@ -43,7 +41,6 @@ def over_families(
     build: Callable[[TaskFamily, int], Estimator],
     family: TaskFamily | Mixture,
     total: int,
-    workers: int = 1,
 ) -> Estimator:
     """The estimator of a family, or the mean of those of a mixture's families.
 
@@ -51,7 +48,6 @@ def over_families(
         build: ``build(family, number) -> Estimator``.
         family: one, or a mixture.
         total: the number (of tasks, or of particles) to be shared.
-        workers: threads, each with a family at a time.
 
     Returns:
         An `Estimator`; for a mixture its state is a tuple, a family's part has a seed of its own,
@@ -66,19 +62,12 @@ def over_families(
     numbers = shares(total, family.weights)
     parts = [build(f, n) for f, n in zip(family.families, numbers, strict=True)]
 
-    warm: list[bool] = []
-
     def init(meta_params: Any, seed: int) -> tuple[Any, ...]:
         seeds = [fold_in(int(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
         return tuple(p.init(meta_params, s) for p, s in zip(parts, seeds, strict=True))
 
     def estimate(meta_params: Any, state: tuple[Any, ...]) -> tuple[Estimate, tuple[Any, ...]]:
-        calls = [
-            functools.partial(p.estimate, meta_params, s) for p, s in zip(parts, state, strict=True)
-        ]
-        # The first time each records its step, which is no work for threads.
-        pairs = in_threads(calls, workers if warm else 1)
-        warm.append(True)
+        pairs = [p.estimate(meta_params, s) for p, s in zip(parts, state, strict=True)]
         return _mean([e for e, _ in pairs]), tuple(s for _, s in pairs)
 
     return Estimator(init, estimate)

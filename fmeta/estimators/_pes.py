@@ -85,7 +85,6 @@ def pes(
     chunk_size: int | None = None,
     trace: bool = True,
     compile: bool = False,
-    workers: int = 1,
 ) -> Estimator:
     """Antithetic persistent evolution strategies, all trainings of all particles by one `vmap`.
 
@@ -122,8 +121,6 @@ def pes(
             ``family.loss`` or the rule are no pure functions of tensors.
         compile: what was recorded is compiled: several times as fast, after a quarter of a minute
             or more for each family (and again in each process); equal to rounding only.
-        workers: threads, each with a family of a mixture at a time, or with its share of the
-            members of a single family. Best with one torch thread (`torch.set_num_threads`).
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
@@ -148,7 +145,6 @@ def pes(
         truncation=truncation,
         num_particles=particles,
         chunk_size=chunk_size,
-        workers=workers,
     )
     check_horizon(horizon)
     if not 0 < std < math.inf:
@@ -160,8 +156,6 @@ def pes(
     score = meta_loss or last_loss
     each = num_tasks // particles
 
-    single = isinstance(family, TaskFamily)
-
     def build(family: TaskFamily, particles: int) -> Estimator:
         advance = by_steps(
             optimizer,
@@ -170,13 +164,12 @@ def pes(
             chunk_size=chunk_size,
             trace=trace,
             compile=compile,
-            workers=workers if single else 1,
         )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         draws = Draws(family, particles * each, horizon, truncation, eval_split, stagger)
         return _of_family(draws, stepper, particles, std, score, perturb)
 
-    return over_families(build, family, particles, workers)
+    return over_families(build, family, particles)
 
 
 def _of_family(

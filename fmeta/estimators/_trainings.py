@@ -7,7 +7,6 @@ Everything that is random, and which training ends when, is settled on the CPU b
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._threads import in_threads
 from fmeta._trace import Traced
 from fmeta._unroll import InnerState, inner_step, unroll
 from fmeta.estimators._contract import Bind, bound_pair
@@ -321,12 +319,11 @@ def by_steps(
     chunk_size: int | None = None,
     trace: bool = False,
     compile: bool = False,
-    workers: int = 1,
 ) -> Advance:
     """Step after step without a graph; with ``trace`` recorded once and replayed.
 
     A chunk of members makes all steps before the next one begins, so that what it works on stays
-    in the cache; or at the same time as others, each in a thread.
+    in the cache.
     """
     loss_fn = loss_of_task(family)
     inner = inner_step(optimizer, loss_fn)
@@ -340,13 +337,20 @@ def by_steps(
         seen = optimizer.eval_params(opt_params, state.params, state.hidden)
         return state.params, state.hidden, metrics["loss"], loss_fn(seen, shown, config)
 
-    step: Callable[..., Any] = torch.vmap(one)
+    vmapped = torch.vmap(one)
+
+    def step(*args: Tree) -> tuple[Tree, Tree, Tensor, Any]:
+        if len(trees.leaves(args[1])[0]) > 1:
+            return vmapped(*args)
+        # Alone: for models that `vmap` cannot run.
+        return trees.map(lambda x: x[None], one(*trees.map(lambda x: x[0], args)))
+
     if trace or compile:
         step = Traced(step, compile=compile)
 
     def advance_chunk(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree
-    ) -> tuple[Tree, Tree, Tensor, Tensor | None]:
+    ) -> tuple[Tree, Tree, Tensor, Any]:
         losses, evals = [], []
         for k in range(len(trees.leaves(batches)[0])):
             batch, seen = (trees.map(lambda x, k=k: x[k], b) for b in (batches, shown))
@@ -357,15 +361,12 @@ def by_steps(
 
     def advance(*args: Tree) -> tuple[Tree, Tree, Tensor, Tensor | None]:
         members = len(trees.leaves(args[1])[0])
-        size = min(chunk_size or members, -(-members // workers))
-        chunks = [
+        size = chunk_size or members
+        found = [
             # Batches are by step, then by member; the rest by member.
-            functools.partial(
-                advance_chunk, *_part(args[:4], 0, i, size), *_part(args[4:], 1, i, size)
-            )
+            advance_chunk(*_part(args[:4], 0, i, size), *_part(args[4:], 1, i, size))
             for i in range(0, members, size)
         ]
-        found = in_threads(chunks, workers)
         params, hidden, *losses = (
             trees.map(lambda *xs, dim=dim: torch.cat(xs, dim), *parts)
             for parts, dim in zip(zip(*found, strict=True), (0, 0, 1, 1), strict=True)

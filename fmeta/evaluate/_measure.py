@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._unroll import unroll
+from fmeta.estimators._trainings import Advance, by_steps
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
 
@@ -18,6 +19,7 @@ __all__ = [
     "BATCHES_A_POINT",
     "Draws",
     "Measured",
+    "advancing",
     "draw",
     "groups",
     "log_spaced",
@@ -27,6 +29,8 @@ __all__ = [
 
 # Batches that a point of a held-out curve is the mean over: one makes a ragged line.
 BATCHES_A_POINT = 4
+# Steps from which on it pays to record one (about a second) and to replay it.
+_MANY = 300
 # The last integer of a draw, so that the batches of the final measurement are new ones.
 _FRESH = 3
 
@@ -46,11 +50,11 @@ class Draws(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One training run.
+    """Training runs side by side.
 
     Attributes:
-        train: shape ``(T,)``, training loss before each update.
-        held_out: shape ``(K,)``, held-out loss after the updates asked for.
+        train: shape ``(models, T)``, training loss before each update.
+        held_out: shape ``(models, K)``, held-out loss after the updates asked for.
         final: held-out loss at the final parameters, mean over the fresh batches.
         metrics: the family's metrics there, likewise.
     """
@@ -93,57 +97,66 @@ def measure(
     optimizer: Optimizer,
     opt_params: Any,
     at: Sequence[int],
-    task: Any,
-    shown: Any,
-    fresh: Any,
+    drawn: Draws,
+    advance: Advance | None = None,
 ) -> Measured:
-    """Trains one model and measures it.
+    """Trains models side by side and measures them.
 
     Args:
-        family, optimizer, opt_params: what is trained, and by what.
+        family, optimizer: what is trained, and by what.
+        opt_params: of each model, with its leading dimension.
         at: increasing numbers of updates after which the held-out loss is taken, the last one T.
-        task, shown, fresh: of one seed, as in `Draws`.
+        drawn: for each model.
+        advance: of `advancing`, for those who measure with one optimizer many times.
+
+    Returns:
+        A `Measured` whose tensors have a leading dimension of models.
     """
     loss_fn = loss_of_task(family)
-    params, hidden = task.model_params, None
+    advance = advance or advancing(family, optimizer, at[-1])
+    config, params = drawn.tasks.config, drawn.tasks.model_params
+    batches = trees.map(lambda x: x.movedim(1, 0), drawn.tasks.batches)
+
+    def start(opt_params: Any, params: Any) -> Any:
+        return optimizer.init_hidden(opt_params, params, num_steps=at[-1])
+
+    hidden = over_leading(start, opt_params, params)
     losses, held_out = [], []
-    for k, (start, stop) in enumerate(zip((0, *at), at, strict=False)):
-        run = unroll(
-            optimizer,
-            loss_fn,
-            opt_params,
-            params,
-            trees.map(lambda x, i=start, j=stop: x[i:j], task.batches),
-            loss_args=(task.config,),
-            hidden=hidden,
-            num_steps=at[-1],
-        )
-        params, hidden = run.params, run.hidden
-        losses.append(run.losses)
-        eval_params = optimizer.eval_params(opt_params, params, hidden)
-        some = range(k * BATCHES_A_POINT, (k + 1) * BATCHES_A_POINT)
-        values = [loss_fn(eval_params, _item(shown, i), task.config) for i in some]
+    for k, (begin, end) in enumerate(zip((0, *at), at, strict=False)):
+        some = trees.map(lambda x, i=begin, j=end: x[i:j], batches)
+        params, hidden, found, _ = advance(opt_params, params, hidden, config, some, ())
+        losses.append(found)
+        seen = over_leading(optimizer.eval_params, opt_params, params, hidden)
+        places = range(k * BATCHES_A_POINT, (k + 1) * BATCHES_A_POINT)
+        values = [over_leading(loss_fn, seen, _item(drawn.shown, i), config) for i in places]
         held_out.append(torch.stack(values).mean(0))
-    final, metrics = _final(family, task.config, eval_params, fresh)
-    return Measured(torch.cat(losses), torch.stack(held_out), final, metrics)
+    final, metrics = _final(family, config, seen, drawn.fresh)
+    return Measured(torch.cat(losses).mT, torch.stack(held_out, 1), final, metrics)
+
+
+def advancing(family: TaskFamily, optimizer: Optimizer, num_steps: int) -> Advance:
+    """How `measure` makes its steps: recorded where there are enough of them to pay for that."""
+    return by_steps(optimizer, family, evaluate=False, trace=num_steps >= _MANY)
 
 
 def _final(
     family: TaskFamily, config: Any, eval_params: Any, fresh: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss and metrics over several batches."""
+    loss_fn = loss_of_task(family)
     losses, rows = [], []
-    for k in range(trees.leaves(fresh)[0].shape[0]):
+    for k in range(trees.leaves(fresh)[0].shape[1]):
         batch = _item(fresh, k)
-        losses.append(family.loss(family.data, config, eval_params, batch))
+        losses.append(over_leading(loss_fn, eval_params, batch, config))
         if family.metrics is not None:
-            rows.append(family.metrics(family.data, config, eval_params, batch))
-    metrics = {k: torch.stack([row[k] for row in rows]).mean(0) for k in (rows[0] if rows else ())}
-    return torch.stack(losses).mean(0), metrics
+            metrics = functools.partial(family.metrics, family.data)
+            rows.append(over_leading(metrics, config, eval_params, batch))
+    found = {k: torch.stack([row[k] for row in rows]).mean(0) for k in (rows[0] if rows else ())}
+    return torch.stack(losses).mean(0), found
 
 
 def _item(batches: Any, k: int) -> Any:
-    return trees.map(lambda x: x[k], batches)
+    return trees.map(lambda x: x[:, k], batches)
 
 
 def over_leading(fn: Callable[..., Any], *args: Any) -> Any:
@@ -151,9 +164,9 @@ def over_leading(fn: Callable[..., Any], *args: Any) -> Any:
 
     A single member is run as it is, for models that `vmap` cannot run.
     """
-    if trees.leaves(args)[0].shape[0] > 1:
+    if trees.leaves(args)[-1].shape[0] > 1:
         return torch.vmap(fn)(*args)
-    return trees.map(lambda x: x[None], fn(*_item(args, 0)))
+    return trees.map(lambda x: x[None], fn(*trees.map(lambda x: x[0], args)))
 
 
 def groups(count: int, size: int | None) -> Iterator[range]:

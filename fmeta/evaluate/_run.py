@@ -12,7 +12,7 @@ from fmeta import trees
 from fmeta.evaluate._baselines import BASELINES, Baseline, get_baselines
 from fmeta.evaluate._compare import Curves
 from fmeta.evaluate._evaluation import Evaluation, Outcome, band
-from fmeta.evaluate._measure import Measured, draw, groups, log_spaced, measure, over_leading
+from fmeta.evaluate._measure import Measured, draw, groups, log_spaced, measure
 from fmeta.evaluate._statistics import final_loss, steps_to_reach
 from fmeta.evaluate._tune import Search, search_rates
 from fmeta.optimizer import Optimizer, check_optimizer_type
@@ -42,7 +42,7 @@ def run(
     seed: int,
     baselines: Iterable[str] | Mapping[str, Baseline] = tuple(BASELINES),
     reference: str | None = "adam",
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, float | Search] | None = None,
     tune_seeds: int = 3,
     split: str = "train",
     held_out: str = "test",
@@ -68,7 +68,7 @@ def run(
         baselines: names out of ``BASELINES``, or a dict of `Baseline`.
         reference: to the final training loss of which optimizer the others' steps are counted; None
             or a baseline that is not among ``baselines``: they are not.
-        rates: learning rates by baseline that are known already and need no search.
+        rates: learning rates by baseline, or what `search_rates` found, that are known already.
         tune_seeds: tasks that each learning rate is tried on.
         split: what is trained on.
         held_out: what is evaluated on.
@@ -102,10 +102,26 @@ def run(
     chosen = baselines if isinstance(baselines, Mapping) else get_baselines(baselines)
     known = dict(rates or {})
     _check(contenders, chosen, known, num_steps, num_seeds, chunk_size)
-    entries = {name: _Entry(name, "contender", *pair) for name, pair in contenders.items()}
-    for name, baseline in chosen.items():
-        search = None
-        if name not in known:
+    at = log_spaced(num_steps, held_out_points)
+    device = device_of_tasks(family, [pair[1] for pair in contenders.values()])
+    drawn = [
+        draw(
+            family,
+            members,
+            seed=seed,
+            num_steps=num_steps,
+            num_points=len(at),
+            num_fresh=final_batches,
+            split=split,
+            held_out=held_out,
+            device=device,
+        )
+        for members in groups(num_seeds, chunk_size)
+    ]
+
+    def tuned(baseline: Baseline, found: float | Search | None) -> _Entry:
+        search = found if isinstance(found, Search) else None
+        if found is None:
             say(f"tuning {baseline.label} on validation data")
             search = search_rates(
                 family,
@@ -118,36 +134,22 @@ def run(
                 held_out=validation,
                 chunk_size=chunk_size,
             )
-        lr = known[name] if search is None else search.rate
-        entries[name] = _Entry(baseline.label, "baseline", baseline.build(lr), {}, search, lr)
+        lr = search.rate if search is not None else found
+        return _Entry(baseline.label, "baseline", baseline.build(lr), {}, search, lr)
 
-    at = log_spaced(num_steps, held_out_points)
-    device = device_of_tasks(family, [pair[1] for pair in contenders.values()])
-    pieces: dict[str, list[Measured]] = {name: [] for name in entries}
-    for members in groups(num_seeds, chunk_size):
-        drawn = draw(
-            family,
-            members,
-            seed=seed,
-            num_steps=num_steps,
-            num_points=len(at),
-            num_fresh=final_batches,
-            split=split,
-            held_out=held_out,
-            device=device,
-        )
-        for name, entry in entries.items():
-            say(f"training with {entry.label}, {len(members)} of {num_seeds} seeds")
-
-            def one(*drawn: Any, entry: _Entry = entry) -> Measured:
-                return measure(family, entry.optimizer, entry.opt_params, at, *drawn)
-
+    def measured_with(entry: _Entry) -> Measured:
+        say(f"training with {entry.label}")
+        parts = []
+        for group in drawn:
+            models = len(trees.leaves(group)[0])
+            own = trees.map(lambda x, n=models: x.expand(n, *x.shape), entry.opt_params)
             with torch.no_grad():
-                pieces[name].append(over_leading(one, *drawn))
-    measured = {
-        name: trees.map(lambda *xs: torch.cat(xs).double().cpu(), *parts)
-        for name, parts in pieces.items()
-    }
+                parts.append(measure(family, entry.optimizer, own, at, group))
+        return trees.map(lambda *xs: torch.cat(xs).double().cpu(), *parts)
+
+    entries = {name: _Entry(name, "contender", *pair) for name, pair in contenders.items()}
+    entries |= {name: tuned(baseline, known.get(name)) for name, baseline in chosen.items()}
+    measured = {name: measured_with(entry) for name, entry in entries.items()}
     counted = reference if reference in measured else None
     level = None if counted is None else float(final_loss(measured[counted].train).mean())
     outcomes = {k: _outcome(entry, measured[k], at, level) for k, entry in entries.items()}
@@ -179,7 +181,7 @@ def _outcome(entry: _Entry, found: Measured, at: list[int], level: float | None)
 def _check(
     contenders: Mapping[str, Any],
     chosen: Mapping[str, Baseline],
-    rates: Mapping[str, float],
+    rates: Mapping[str, Any],
     num_steps: int,
     num_seeds: int,
     chunk_size: int | None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.evaluate._measure import Draws, draw, groups, measure, over_leading
+from fmeta.evaluate._measure import Draws, draw, groups, measure
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily
 from fmeta.tasks._family import device_of_tasks
@@ -181,11 +181,7 @@ def _scores(
     device = device_of_tasks(family)
     total = torch.zeros(len(rates), dtype=torch.float64)
 
-    def score(lr: Tensor, task: Any, shown: Any, fresh: Any) -> Tensor:
-        found = measure(family, build(lr), {}, [num_steps], task, shown, fresh)
-        diverged = ~found.train.isfinite().all() | ~found.final.isfinite()
-        return torch.where(diverged, torch.inf, found.final)
-
+    optimizer = _of_rate(build, rates[0])
     per_seed = None if chunk_size is None else max(1, chunk_size // len(rates))
     for members in groups(num_seeds, per_seed):
         drawn = draw(
@@ -203,13 +199,33 @@ def _scores(
         for part in groups(len(rates), chunk_size):
             some = torch.tensor([rates[i] for i in part], device=device)
             with torch.no_grad():
-                scores = over_leading(score, *_pairs(some, drawn))
+                found = measure(family, optimizer, *_pairs(some, drawn, num_steps))
+            diverged = ~found.train.isfinite().all(1) | ~found.final.isfinite()
+            scores = torch.where(diverged, torch.inf, found.final)
             total[list(part)] += scores.double().cpu().reshape(len(part), -1).sum(1)
     return (total / num_seeds).tolist()
 
 
-def _pairs(rates: Tensor, drawn: Draws) -> Any:
+def _of_rate(build: Callable[[Any], Optimizer], example: float) -> Optimizer:
+    """The optimizers of all rates as one, whose ``opt_params`` are the rate."""
+
+    def init_hidden(lr: Tensor, model_params: Any, *, num_steps: Any = None) -> Any:
+        return build(lr).init_hidden({}, model_params, num_steps=num_steps)
+
+    def update(lr: Tensor, model_params: Any, grads: Any, hidden: Any, **inputs: Any) -> Any:
+        return build(lr).update({}, model_params, grads, hidden, **inputs)
+
+    def eval_params(lr: Tensor, model_params: Any, hidden: Any) -> Any:
+        return build(lr).eval_params({}, model_params, hidden)
+
+    def init(generator: Any = None) -> Tensor:
+        return torch.tensor(example)
+
+    return Optimizer(init, init_hidden, update, build(example).needs, eval_params)
+
+
+def _pairs(rates: Tensor, drawn: Draws, num_steps: int) -> tuple[Tensor, list[int], Draws]:
     """Every rate with every seed, along one dimension: vmaps within each other are slower."""
     count = trees.leaves(drawn)[0].shape[0]
     tiled = trees.map(lambda x: x.repeat(len(rates), *(1,) * (x.ndim - 1)), drawn)
-    return rates.repeat_interleave(count), *tiled
+    return rates.repeat_interleave(count), [num_steps], tiled

@@ -75,8 +75,8 @@ class TrainConfig:
     """Compile the inner step (pes only): twice as fast after half a minute for each task."""
     tensorboard: bool = False
     """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
-    threads: int = 2
-    """Threads of torch."""
+    beside: bool = True
+    """Tune the baselines beside meta-training, in a process of its own (on a second core)."""
     resume: bool = False
     """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False
@@ -118,7 +118,7 @@ class TrainConfig:
             eval_lengths=(1, 2),
             eval_seeds=3,
             baselines=self.baselines[:1],
-            threads=1,
+            beside=False,
         )
 
     def _check_numbers(self) -> None:
@@ -131,7 +131,6 @@ class TrainConfig:
             "validate_every",
             "max_skipped",
             "save_every",
-            "threads",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")

@@ -16,14 +16,14 @@ from fmeta.evaluate import Evaluation
 from fmeta.meta_train._config import TrainConfig
 from fmeta.meta_train._job import Recipe, run_job
 from fmeta.meta_train._loop import OnStep, Result
+from fmeta.meta_train._tuning import COMPARISON, Tuning, lengths
 from fmeta.meta_train._validation import Validation
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import mixture
 
 __all__ = ["late_log_loss", "train_on_digits"]
 
-# Streams of tasks that never meet: meta-training draws from the run's own seed.
-_VALIDATION, _COMPARISON = 1_000_003, 1_000_037
+_VALIDATION = 1_000_003  # seed of its tasks, away from those of meta-training and comparison
 
 
 def train_on_digits(
@@ -84,10 +84,12 @@ def digits_recipe(config: TrainConfig) -> Recipe:
         "tensorboard": _tensorboard(config),
     }
 
-    def compare(result: Result, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        return _compare(config, rule, start, result, folder, say)
+    tuning = Tuning(config)
 
-    return Recipe(config.rule, {}, _estimator(config, rule), start, options, compare)
+    def compare(result: Result, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        return _compare(config, rule, start, result, tuning, folder, say)
+
+    return Recipe(config.rule, {}, _estimator(config, rule), start, options, compare, tuning)
 
 
 def late_log_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) -> Tensor:
@@ -120,7 +122,13 @@ def _estimator(config: TrainConfig, rule: Optimizer) -> Estimator:
     }
     if config.estimator == "truncated":
         return estimators.truncated(rule, family, **options)
-    return estimators.pes(rule, family, std=config.std, **options)
+    return estimators.pes(
+        rule,
+        family,
+        std=config.std,
+        compile=config.compile,
+        **options,
+    )
 
 
 def _late_log_loss_of_run(run: Any) -> Tensor:
@@ -143,6 +151,7 @@ def _compare(
     rule: Optimizer,
     start: Any,
     result: Result,
+    tuning: Tuning,
     folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -152,18 +161,16 @@ def _compare(
         f"{config.rule}, untrained": (rule, start),
     }
     found: dict[str, Evaluation] = {}
-    for length in config.eval_lengths:
-        steps = length * horizon
-        long = length > 1
+    for steps, names in lengths(config).items():
         say(f"comparing on fresh seeds and held-out images, {steps} steps")
         found[f"{steps} steps"] = evaluate.run(
             config.family(config.eval_task),
             contenders,
             num_steps=steps,
-            num_seeds=max(2, config.eval_seeds // 2) if long else config.eval_seeds,
-            seed=config.seed + _COMPARISON,
-            baselines=[b for b in config.baselines if not long or b in _LONG],
-            tune_seeds=2 if long else 3,
+            num_seeds=max(2, config.eval_seeds // 2) if steps > horizon else config.eval_seeds,
+            seed=config.seed + COMPARISON,
+            baselines=names,
+            rates=tuning.searches(steps),
         )
     images = "freshly transformed digits" if config.online else "digits"
     title = f"{config.eval_task} on {images}: a learned optimizer beside tuned ones"
@@ -176,7 +183,3 @@ def _compare(
         "skipped": result.skipped,
     }
     return {**results.to_dict(), "training": training}
-
-
-# What longer trainings are compared with: to tune all again, ten times as long, takes minutes.
-_LONG = ("adam", "adam_cosine", "muon_cosine")

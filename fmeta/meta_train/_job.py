@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +30,7 @@ class Recipe(NamedTuple):
         options: further arguments of `fmeta.meta_train.run`, with ``outer`` and ``num_steps``.
         evaluate: ``evaluate(result, folder, say) -> results``, a dict of plain values; draws its
             figures into the folder. A pure function of the result: it may be called again.
+        beside: a context that meta-training and evaluation run in; for work on the side.
     """
 
     rule_name: str
@@ -37,6 +39,7 @@ class Recipe(NamedTuple):
     start: Any
     options: Mapping[str, Any]
     evaluate: Callable[[_loop.Result, Path, Say], dict[str, Any]]
+    beside: AbstractContextManager[Any] = nullcontext()
 
 
 def run_job(
@@ -71,9 +74,11 @@ def run_job(
             say(f"the run in {folder} is finished: nothing to do")
             return read_object(folder / RESULTS)
         made = recipe(config)
-        result = _meta_train(made, folder, values, on_step, say)
-        pretrained.save(folder / WEIGHTS, made.rule_name, result.meta_params, **made.rule_arguments)
-        results = made.evaluate(result, folder, say)
+        with made.beside:
+            result = _meta_train(made, folder, values, on_step, say)
+            weights = folder / WEIGHTS
+            pretrained.save(weights, made.rule_name, result.meta_params, **made.rule_arguments)
+            results = made.evaluate(result, folder, say)
         _files.write_json(folder / RESULTS, results)
         return results
 

@@ -454,22 +454,3 @@ def test_inference_mode_and_recording_outside_change_nothing():
     close(got.grads, want.grads)
     with torch.inference_mode():
         close(estimates(build(), 2)[-1].grads, want.grads)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_threads_change_no_value(mixed):
-    rule = fmeta.learn(fmeta.optimizers.adam, {"lr": "log"}, lr=0.01)
-    families = [fmeta.tasks.digits((width,), batch_size=8) for width in (4, 6)]
-    family = fmeta.tasks.mixture(families) if mixed else families[0]
-    found = []
-    for workers in (1, 2):
-        est = fmeta.estimators.pes(
-            rule, family, num_tasks=4, horizon=6, truncation=4, std=0.1, workers=workers
-        )
-        state = est.init(rule.init(), 0)
-        for _ in range(3):
-            estimate, state = est.estimate(rule.init(), state)
-        found.append((estimate.loss, estimate.grads, state))
-    for a, b in zip(*map(trees.leaves, found), strict=True):
-        if isinstance(a, torch.Tensor):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
