@@ -120,10 +120,9 @@ def run(
     ]
 
     def tuned(baseline: Baseline, found: float | Search | None) -> _Entry:
-        search = found if isinstance(found, Search) else None
         if found is None:
             say(f"tuning {baseline.label} on validation data")
-            search = search_rates(
+            found = search_rates(
                 family,
                 baseline.build,
                 baseline.rates,
@@ -134,7 +133,7 @@ def run(
                 held_out=validation,
                 chunk_size=chunk_size,
             )
-        lr = search.rate if search is not None else found
+        search, lr = (found, found.rate) if isinstance(found, Search) else (None, found)
         return _Entry(baseline.label, "baseline", baseline.build(lr), {}, search, lr)
 
     def measured_with(entry: _Entry) -> Measured:
