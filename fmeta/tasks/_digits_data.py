@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fmeta.random import fold_in
 from fmeta.tasks._family import SPLITS, check_split
 
-__all__ = ["VERSIONS", "images", "online_images", "online_pick", "pick", "split_rows"]
+__all__ = ["VERSIONS", "images", "moved", "online_images", "online_pick", "pick", "split_rows"]
 
 VERSIONS = 64  # transformed versions of each image
 _ROTATION, _SHIFT, _NOISE = math.radians(20), 1.0, 0.3  # limits in radians and pixels; std
@@ -35,20 +35,26 @@ def online_images() -> dict[str, Tensor]:
     (OFFSETS + 63,), of which any 64 neighbours are the noise of an image.
     """
     grey, labels = _load()
-    generator = fold_in(1797, 1)
-    angle, right, down = (
-        torch.rand(3, len(grey) * VERSIONS, generator=generator) * 2 - 1
-    ) * torch.tensor([_ROTATION, _SHIFT, _SHIFT])[:, None]
-    cos, sin = angle.cos(), angle.sin()
-    pixel = 2 / 8  # in the units of the grid, -1 to 1
-    to_source = torch.stack(
-        [torch.stack([cos, -sin, right * pixel], -1), torch.stack([sin, cos, down * pixel], -1)], 1
-    )
-    source = grey.reshape(-1, 1, 8, 8).repeat_interleave(VERSIONS, 0)
-    grid = F.affine_grid(to_source, list(source.shape), align_corners=False)
-    moved = F.grid_sample(source, grid, align_corners=False).flatten(1)
+    limits = torch.tensor([_ROTATION, _SHIFT, _SHIFT])[:, None]
+    random = torch.rand(3, len(grey) * VERSIONS, generator=fold_in(1797, 1))
+    x = moved(grey.repeat_interleave(VERSIONS, 0), *(2 * random - 1) * limits)
     noise = _NOISE * torch.randn(_OFFSETS + 63, generator=fold_in(1797, 2))
-    return {"x": _normalized(moved), "y": labels, "noise": noise}
+    return {"x": _normalized(x), "y": labels, "noise": noise}
+
+
+def moved(x: Tensor, angle: Tensor, left: Tensor, up: Tensor) -> Tensor:
+    """Images shifted, in pixels, and then rotated counter-clockwise, in radians; black comes in.
+
+    Args:
+        x: (n, 64), black is 0.
+        angle, left, up: (n,).
+    """
+    cos, sin = angle.cos(), angle.sin()
+    # For each place where its grey comes from, in units of half the image.
+    rows = ([cos, -sin, left / 4], [sin, cos, up / 4])
+    source = torch.stack([torch.stack(row, -1) for row in rows], 1)
+    grid = F.affine_grid(source, [len(x), 1, 8, 8], align_corners=False)
+    return F.grid_sample(x.reshape(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
 
 
 def split_rows(split: str) -> Tensor:
