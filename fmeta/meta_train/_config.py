@@ -43,7 +43,7 @@ class TrainConfig:
     """Inner steps between two outer steps (not for full)."""
     std: float = 0.03
     """Standard deviation of the perturbations (pes only)."""
-    num_steps: int = 260
+    num_steps: int = 220
     """Outer steps."""
     outer_lr: float = 4e-3
     """Learning rate of Adam outside at its start; it falls to a twentieth, along a cosine."""
@@ -55,7 +55,7 @@ class TrainConfig:
     """Model on which meta-validation trains, with seeds of its own."""
     validation_seeds: int = 16
     """Trainings of a validation, each of the longest horizon; always the same ones."""
-    validate_every: int = 40
+    validate_every: int = 44
     """Outer steps between validations; the best weights are kept."""
     patience: int | None = 4
     """Stop after this many validations without a new best; None: never."""
