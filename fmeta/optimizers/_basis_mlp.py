@@ -26,6 +26,8 @@ _FEATURES = _BASES + 3  # of a coordinate: the directions, its size of gradient,
 _TENSOR_FEATURES = 9
 _HIDDEN = 12
 _BOUND = 5.0  # of a direction, whose typical size is 1
+# Float32 has room for the square of _HUGE, and for the derivative of the root of _TINY.
+_HUGE, _TINY = 1e15, 1e-24
 _STEP = 0.01  # size of the untrained rule's steps, for 200 steps and parameters of size 0.1
 
 # What a tensor is told by its network: log-rate, a and b, gates, bias of the other network.
@@ -124,7 +126,7 @@ class _Rule:
         return {**{name: torch.zeros_like(p) for name in "mnv"}, **scalars}
 
     def init_shared(self, th: Tree, params: Tree, *, num_steps: Any) -> dict[str, Tensor]:
-        like = trees.leaves(params)[0]
+        like = next((p for p in trees.leaves(params) if p is not None), torch.zeros(()))
         total = torch.as_tensor(num_steps, device=like.device).to(trees.compute_dtype(like))
         return {"t": torch.zeros_like(total), "num_steps": total}
 
@@ -145,7 +147,7 @@ class _Rule:
     ) -> tuple[Tensor, Tree, dict[str, Tensor]]:
         steps, signal, growth, scale, is_matrix, numel = summaries.unbind(1)
         t, total = shared["t"].to(scale.dtype), shared["num_steps"].to(scale.dtype)
-        done = t / total
+        done = (t / total).clamp(max=1)  # also after the horizon
         time = torch.stack(
             [done, done * done, *(torch.exp(x) for x in (-10 * done, -t / 10, -t / 50))]
         )
@@ -155,16 +157,15 @@ class _Rule:
         rate, ab, gates, bias = (hidden @ th["tensor_w1"]).split(_TOLD, 1)
         kind = torch.stack([is_matrix, 1 - is_matrix], 1)
         log_rate = kind @ (_UNIT * th["log_lr"]) + 2 * torch.tanh(rate.squeeze(1) / 2)
-        size = torch.exp(log_rate) * torch.sqrt(scale / 0.1) * self._schedule(th, t, total)
+        size = torch.exp(log_rate) * torch.sqrt(scale / 0.1) * self._schedule(th, t, done, total)
         gates = gates + kind @ (_UNIT * th["gates"])
         corrections = bias_corrections(_DECAYS, steps + 1, scale.dtype)
         controls = torch.cat([torch.stack([size, *corrections], 1), ab, gates, bias], 1)
         return controls, tensors, {"t": shared["t"] + 1, "num_steps": shared["num_steps"]}
 
-    def _schedule(self, th: Tree, t: Tensor, total: Tensor) -> Tensor:
-        """Step size after ``t`` of ``total`` steps."""
+    def _schedule(self, th: Tree, t: Tensor, done: Tensor, total: Tensor) -> Tensor:
+        """Step size after ``t`` of ``total`` steps, the part ``done`` of the way."""
         warm, power, floor, longer = (_UNIT * th["schedule"]).unbind(0)
-        done = t / total
         rise = (t + 1) / (1 + 0.05 * torch.exp(warm.clamp(-3, 2)) * total)
         end = 0.02 * torch.exp(floor.clamp(-3, 2))
         left = 1 - done * (1 - end)
@@ -177,14 +178,15 @@ class _Rule:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         size, c0, c1, a, b = control.narrow(0, 0, 5).unbind(0)
         gates, bias = control.narrow(0, 5, _BASES), control.narrow(0, 5 + _BASES, _HIDDEN)
+        g = g.clamp(-_HUGE, _HUGE)
         m, n = ema(h["m"], g, _DECAYS[0]), ema(h["n"], g, _DECAYS[1])
         v = ema(h["v"], g * g, _DECAYS[1])
         new = {"m": m, "n": n, "v": v, "scale": h["scale"], "count": h["count"] + 1}
         if p.numel() == 0:
             return torch.zeros_like(p), {**new, "signal": h["signal"], "growth": h["growth"]}
-        m, n, share = m / c0, n / c1, v / (v.mean() + 1e-30)
+        m, n, share = m / c0, n / c1, v / (v.mean() + _TINY)
         # Relative to the tensor's mean: gradients of any scale are told alike.
-        root = torch.rsqrt(v / c1 + 1e-8 * (v.mean() / c1) + 1e-30)
+        root = torch.rsqrt(v / c1 + 1e-8 * (v.mean() / c1) + _TINY)
         momentum, size_of_p = m * root, _rms(p)
         o = self._orthogonal(m + a * n + b * g) if p.ndim >= 2 else momentum
         told = torch.stack(
@@ -192,7 +194,7 @@ class _Rule:
                 g * root,
                 momentum,
                 n * root,
-                m * torch.rsqrt(m.square().mean() + 1e-30),
+                m * torch.rsqrt(m.square().mean() + _TINY),
                 o,
                 p / (size_of_p + 1e-6),
                 torch.log(share + 1e-6) / 3,
@@ -219,4 +221,4 @@ class _Rule:
 
 def _rms(x: Tensor) -> Tensor:
     """Root mean square, with a finite derivative where all is 0."""
-    return torch.sqrt(x.square().mean() + 1e-24) if x.numel() else x.new_zeros(())
+    return torch.sqrt(x.square().mean() + _TINY) if x.numel() else x.new_zeros(())

@@ -20,7 +20,7 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"muon", "normalized_mlp"}
+AXES = {"muon", "normalized_mlp", "basis_mlp"}
 OF_A_TREE = {"per_parameter_sgd"}
 
 RULES = {
@@ -39,7 +39,7 @@ RULES = {
     "learned adam": learn(optimizers.adam, {"lr": "log", "betas": "log1m", "eps": "log"}, lr=1e-2),
     "learned rmsprop": learn(optimizers.rmsprop, {"alpha": "log1m"}, centered=True),
 }
-COMPILED = ("adam", "linear", "normalized_mlp")
+COMPILED = ("adam", "linear", "normalized_mlp", "basis_mlp")
 
 
 def symmetry(name):
@@ -89,7 +89,7 @@ def test_any_gradients_keep_everything_finite(name, data):
     params = data.draw(param_trees([torch.float32, torch.float64, torch.bfloat16], max_leaves=5))
     rule = of(name, params)
     th = rule.init()
-    p, h = params, rule.init_hidden(th, params)
+    p, h = params, rule.init_hidden(th, params, num_steps=3)
     for _ in range(data.draw(step_counts(3))):
         grads = data.draw(gradients(params))
         before = p
