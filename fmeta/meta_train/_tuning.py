@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from fmeta import _files
 from fmeta.evaluate import BASELINES, Search, search_rates
@@ -128,8 +127,11 @@ def _file(config: TrainConfig, steps: int, name: str) -> Path:
 
 
 def _end_with_parent() -> None:
-    def wait() -> Any:
-        sys.stdin.buffer.read()  # ends when the parent does, even when it is killed
+    def wait() -> None:
+        # Ends when the parent does, even when it is killed. (Not sys.stdin: a thread that reads it
+        # aborts the interpreter's exit.)
+        while os.read(0, 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
