@@ -642,6 +642,7 @@ HYPERS = {
     "linear": ("lr",),
     "normalized_mlp": ("lr", "weight_decay", "vector_lr_mult"),
     "lstm": ("output_scale", "preprocess_factor"),
+    "basis_mlp": ("lr",),
 }
 
 
