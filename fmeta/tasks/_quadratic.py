@@ -39,10 +39,9 @@ def quadratic(dim: int = 10, condition: float = 100.0, noise: float = 0.0) -> Ta
     def sample(generator: torch.Generator) -> dict[str, Tensor]:
         basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
         eigenvalues = condition ** -torch.rand(dim, generator=generator)
-        return {
-            "H": (basis * eigenvalues) @ basis.T,
-            "c": torch.randn(dim, generator=generator),
-        }
+        h = (basis * eigenvalues) @ basis.T
+        # Symmetric to the last bit, or the gradient is not H times the error.
+        return {"H": (h + h.T) / 2, "c": torch.randn(dim, generator=generator)}
 
     def init(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": torch.randn(dim, generator=generator)}

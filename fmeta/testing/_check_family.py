@@ -149,6 +149,34 @@ def made_of_tensors(family: TaskFamily, draw: Callable[[], list[Task]], **_: Any
 
 
 @_law
+def inputs_unchanged(
+    family: TaskFamily, draw: Callable[[], list[Task]], *, split: str, steps: int, seed: int
+) -> None:
+    """No function of the family edits its arguments, neither tensors nor containers."""
+    task = draw()[0]
+    config = family.sample(fold_in(seed))  # the task's own has been through `init` already
+    named = {
+        "data": family.data,
+        "config": config,
+        "model_params": task.model_params,
+        "batch": _first(task.batches),
+    }
+    before = {name: remembered(tree) for name, tree in named.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        "init": lambda: family.init(config, fold_in(seed)),
+        "batches": lambda: family.batches(config, fold_in(seed), steps, split=split),
+        "loss": lambda: family.loss(*named.values()),
+    }
+    if family.metrics is not None:
+        metrics = family.metrics
+        calls["metrics"] = lambda: metrics(*named.values())
+    for where, call in calls.items():
+        call()
+        for name, tree in named.items():
+            assert_same_tensors(before[name], tree, name, where)
+
+
+@_law
 def drawn_from_generator_alone(
     family: TaskFamily, draw: Any, *, split: str, steps: int, seed: int
 ) -> None:
@@ -236,51 +264,47 @@ def loss_deterministic(family: TaskFamily, draw: Callable[[], list[Task]], **_: 
 
 
 @_law
-def inputs_unchanged(
-    family: TaskFamily, draw: Callable[[], list[Task]], *, split: str, steps: int, seed: int
+def twice_differentiable(
+    family: TaskFamily, draw: Callable[[], list[Task]], *, seed: int, **_: Any
 ) -> None:
-    """No function of the family edits its arguments, neither tensors nor containers."""
+    """The loss has a finite gradient, not all zero, whose derivative is that of differences.
+
+    In float64, which the loss must follow, along a random direction. Differences are taken beside
+    the initial parameters: there, biases of zero put a relu exactly on its kink.
+    """
     task = draw()[0]
-    named = {
-        "data": family.data,
-        "config": task.config,
-        "model_params": task.model_params,
-        "batch": _first(task.batches),
-    }
-    before = {name: remembered(tree) for name, tree in named.items()}
-    calls: dict[str, Callable[[], Any]] = {
-        "init": lambda: family.init(task.config, fold_in(seed)),
-        "batches": lambda: family.batches(task.config, fold_in(seed), steps, split=split),
-        "loss": lambda: family.loss(*named.values()),
-    }
-    if family.metrics is not None:
-        metrics = family.metrics
-        calls["metrics"] = lambda: metrics(*named.values())
-    for where, call in calls.items():
-        call()
-        for name, tree in named.items():
-            assert_same_tensors(before[name], tree, name, where)
+    double = (family.data, task.config, task.model_params, _first(task.batches))
+    data, config, params, batch = trees.cast(double, torch.float64)
+    generator = fold_in(seed, 3)
 
+    def normal() -> Tree:
+        return trees.map(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), params)
 
-@_law
-def twice_differentiable(family: TaskFamily, draw: Callable[[], list[Task]], **_: Any) -> None:
-    """The loss has a gradient by the parameters, and that has one: finite, the first not zero."""
-    task = draw()[0]
-    batch, loss = _first(task.batches), loss_of_task(family)
-    gradient = torch.func.grad(loss)
+    along = normal()
+    near = trees.map(lambda p, d: p + 0.01 * d, params, normal())
+    gradient = torch.func.grad(lambda p: family.loss(data, config, p, batch))
 
-    def slope(params: Tree) -> Tensor:
-        found = trees.leaves(gradient(params, batch, task.config))
-        return torch.stack([g.sum() for g in found]).sum()
+    def inner(one: Tree) -> Tensor:
+        products = trees.map(lambda x, d: (x * d).sum(), one, along)
+        return torch.stack(trees.leaves(products)).sum()
 
-    first = gradient(task.model_params, batch, task.config)
-    second = torch.func.grad(slope)(task.model_params)
-    for order, found in (("gradient", first), ("second derivative", second)):
-        for leaf, g in zip(leaf_names(found, order), trees.leaves(found), strict=True):
+    def slope(p: Tree) -> Tensor:
+        return inner(gradient(p))
+
+    first, second = gradient(params), torch.func.grad(slope)(params)
+    for name, found in (("gradient", first), ("second derivative", second)):
+        for leaf, g in zip(leaf_names(found, name), trees.leaves(found), strict=True):
             assert bool(g.isfinite().all()), f"{leaf} is not finite at the initial parameters"
     assert any(bool(g.count_nonzero()) for g in trees.leaves(first)), (
         "the gradient of the loss is zero everywhere: nothing between parameters and loss may "
         "detach, round or take an argmax"
+    )
+    eps = 1e-6
+    up, down = (slope(trees.map(lambda p, d, e=e: p + e * d, near, along)) for e in (eps, -eps))
+    want, got = float(up - down) / (2 * eps), float(inner(torch.func.grad(slope)(near)))
+    assert abs(got - want) <= 1e-3 * abs(want) + 1e-6 * (1 + abs(float(up))), (
+        f"the second derivative along a random direction is {got:.6g}, differences of the gradient "
+        f"give {want:.6g}: use operations that torch can differentiate twice"
     )
 
 
