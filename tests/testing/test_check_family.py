@@ -113,6 +113,12 @@ def edits_config(config, generator, steps, split="train"):
     return found
 
 
+def init_edits(config, generator):
+    found = init(config, generator)
+    config["c"].sub_(1)
+    return found
+
+
 def detached(data, config, params, batch):
     return loss(data, config, {"x": params["x"].detach()}, batch)
 
@@ -128,6 +134,56 @@ def kinked(data, config, params, batch):
     """As its gradient, the second derivative is infinite at the initial parameters."""
     gap = params["x"] - params["x"].detach()
     return loss(data, config, params, batch) + gap.abs().pow(1.5).sum()
+
+
+class Once(torch.autograd.Function):
+    """The square; torch.func takes its slope for a constant, and says nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square(), 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, _):
+        return g * ctx.saved_tensors[0]
+
+
+def differentiable_once(data, config, params, batch):
+    return Once.apply(params["x"] - config["c"])[0].sum() + batch["z"].sum()
+
+
+class Square(torch.autograd.Function):
+    """A square whose gradient has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x.detach()
+
+
+def once_differentiable(data, config, params, batch):
+    return data["scale"] * Square.apply(params["x"] - config["c"] - batch["z"]).sum()
+
+
+def float32_only(data, config, params, batch):
+    return loss(data, config, {"x": params["x"].float()}, batch).sin()
 
 
 def reads_values(data, config, params, batch):
@@ -229,9 +285,21 @@ BROKEN = [
         build(batches=edits_config),
         r"batches changed its argument config\['c'\]",
     ),
+    (
+        "inputs_unchanged",
+        build(init=init_edits),
+        r"init changed its argument config\['c'\] in place",
+    ),
     ("twice_differentiable", build(loss=detached), "the gradient of the loss is zero everywhere"),
     ("twice_differentiable", build(loss=rooted), r"gradient\['x'\] is not finite"),
     ("twice_differentiable", build(loss=kinked), r"second derivative\['x'\] is not finite"),
+    (
+        "twice_differentiable",
+        build(loss=differentiable_once),
+        "the second derivative along a random direction is 0, differences of the gradient give",
+    ),
+    ("twice_differentiable", build(loss=once_differentiable), "is 0, differences .* give 1"),
+    ("twice_differentiable", build(loss=float32_only), "differences of the gradient give"),
     ("vmap_equals_loop", build(loss=reads_values), "the family raised RuntimeError"),
     ("vmap_equals_loop", build(loss=doubled_by_vmap), "loss of task 0 under vmap"),
     ("vmap_equals_loop", build(loss=steeper_by_vmap), r"gradient\['x'\] of task 0 under vmap"),
