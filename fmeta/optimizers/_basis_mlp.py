@@ -41,24 +41,27 @@ _UNIT = 5.0
 def basis_mlp(lr: Any = 1.0, ns_steps: int = 4) -> Optimizer:
     """Mixes six hand-made directions by learned gates, at a learned rate, to the end of a schedule.
 
-    Of the gradient g, its momenta m and n (decays .9, .98) and second moment v (.98), all corrected
-    for their start at zero, each tensor p has the directions ``g v^-1/2; m v^-1/2; n v^-1/2; m /
-    rms(m); o; p / rms(p)``, bounded by +-5. For a matrix, o is ``m + a n + b g`` with all singular
-    values set to about one (Newton-Schulz) and scaled to unit rms; for a vector it is ``m v^-1/2``.
-    The update is their sum under gates, of unit rms over the tensor, times a step size.
+    Take g, the gradient; m and n, its momenta (decays .9, .98); v, its second moment (.98); all
+    corrected for their start at zero. Each tensor p then has six directions: ``g v^-1/2; m v^-1/2;
+    n v^-1/2; m / rms(m); o; p / rms(p)``, bounded by +-5 (v raised by 1e-8 of its mean). Of a
+    matrix, o is ``m + a n + b g`` with its singular values moved to about one by Newton-Schulz,
+    as in Muon, and then to about unit rms (kernels are matrices ``(first, rest)``); of a vector it
+    is ``m v^-1/2``, as in Adam. The update is the sum of the directions, each times its gate; it
+    is divided by its rms over the tensor and multiplied by a step size.
 
-    A network that sees each tensor (progress t/T, steps since the start, its kind, growth of the
-    parameters, signal-to-noise ``rms(m v^-1/2)``) gives the tensor's gates, a and b, a bounded
-    factor of its rate, and the bias of a second network, which sees each coordinate (its six
-    directions, its share of v) and adds gates of its own. The step size is ``0.01 lr exp(log_lr)
-    sqrt(s / 0.1) (T / 200)^-0.4 schedule(t / T)``, s the rms of the parameters at the start
-    (between .02 and 1); the schedule rises over the first 5 % of the steps and falls linearly to
-    2 %. Rates for matrices and vectors, the exponents and lengths in it are learned.
+    A network that sees each tensor (progress t/T, steps since the start, its kind and number of
+    elements, growth of the parameters, signal-to-noise ``rms(m v^-1/2)``) gives the tensor's gates,
+    a and b, a bounded factor of its rate, and the bias of a second network, which sees each
+    coordinate (its six directions, ``|m v^-1/2|``, its share of v) and adds gates of its own. The
+    step size is ``0.01 lr exp(log_lr) sqrt(s / 0.1) (T / 200)^-0.4 schedule(t / T)``, s the rms of
+    the parameters at the start (between .02 and 1); the schedule rises over the first 5 % of the
+    steps and falls linearly to 2 %, where it stays. Rates for matrices and vectors, the exponents
+    and lengths in it are learned.
 
     Untrained the networks give nothing: the rule adds ``m v^-1/2`` and o (Adam and Muon, evenly),
-    for vectors it is Adam. It knows neither the scale of the loss nor, up to the root, that of the
-    parameters. What the networks see of time is bounded, so longer trainings than those it has
-    learned from hold nothing new for them.
+    for vectors it is Adam with this step size. It knows neither the scale of the loss (with
+    gradients well above 1e-8) nor, up to the root, that of the parameters. What the networks see of
+    time is bounded, so longer trainings than those it has learned from hold nothing new for them.
 
     Args:
         lr: factor of all steps: a number or a scalar tensor.
@@ -72,7 +75,7 @@ def basis_mlp(lr: Any = 1.0, ns_steps: int = 4) -> Optimizer:
         scalars; shared: ``t``, ``num_steps``.
 
     Raises:
-        ValueError: a negative or NaN ``lr``, ``ns_steps`` below 1, no ``num_steps``.
+        ValueError: ``lr`` negative or not finite, ``ns_steps`` below 1, no ``num_steps``.
 
     Example:
         >>> rule = basis_mlp()
