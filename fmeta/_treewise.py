@@ -122,12 +122,13 @@ def treewise(rule: Any) -> Optimizer:
             hidden.shared,
             **({"loss": loss, "extras": extras} if needs else {}),
         )
-        control: list[Any] = [controls[0]] * len(at.params)
+        told = controls.unbind(0)  # fake CUDA tensors refuse an index
+        control: list[Any] = [told[0]] * len(at.params)
         states = list(at.states)
         parts = [x.unbind(0) for x in trees.leaves(tensors)]
         new_spec = trees.flatten(tensors)[1]
         for j, i in enumerate(at.active):
-            control[i] = controls[j]
+            control[i] = told[j]
             # Tensors of several dtypes were promoted to be stacked: each state keeps its own.
             own = trees.unflatten(
                 new_spec, [x[j].to(c.dtype) for x, c in zip(parts, columns[j], strict=True)]

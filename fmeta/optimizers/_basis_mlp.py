@@ -89,8 +89,8 @@ def basis_mlp(lr: Any = 1.0, ns_steps: int = 4) -> Optimizer:
         After Celo2 (2602.19142) and VeLO (2211.09760), with Muon's direction (Jordan et al., 2024).
     """
     check_number("lr", lr)
-    if ns_steps < 1:
-        raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
+    if not isinstance(ns_steps, int) or ns_steps < 1:
+        raise ValueError(f"ns_steps must be an integer of at least 1, got {ns_steps!r}")
     return treewise(_Rule(lr, ns_steps))
 
 

@@ -7,7 +7,7 @@ from fmeta import learn, optimizers
 from fmeta.testing import check_optimizer
 
 DEVICES = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-AXES = {"normalized_mlp"}
+AXES = {"normalized_mlp", "basis_mlp", "muon"}
 OF_A_TREE = {"per_parameter_sgd"}
 RULES = {
     **{n: builder if n in OF_A_TREE else builder() for n, builder in optimizers.BUILDERS.items()},

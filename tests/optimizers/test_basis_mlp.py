@@ -480,7 +480,7 @@ def test_weights_and_arguments_come_back_from_a_file(tmp_path):
     [
         ({"lr": -1.0}, r"lr must be not negative and finite, got -1\.0"),
         ({"lr": float("nan")}, "lr must be not negative"),
-        ({"ns_steps": 0}, "ns_steps must be at least 1, got 0"),
+        ({"ns_steps": 0}, "ns_steps must be an integer of at least 1, got 0"),
     ],
 )
 def test_senseless_arguments_are_refused(arguments, message):
