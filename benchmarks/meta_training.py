@@ -5,12 +5,14 @@ per CPU second, fmeta makes at least 1.5 times as many; or a rule's estimates ru
 that its own matrix products reach alone.
 
 A step is one update of one model by one perturbed copy of the rule: digits MLP 64-32-10, batch 128,
-truncations of 20 steps, trainings of 200. "as recorded" replays the recorded step, "eager" runs the
-same step under `vmap` each time. FLOPs are those of matrix products, counted by torch; "products
+truncations of 20 steps, trainings of 200. "eager" runs the step under `vmap` each time, "recorded"
+(the default of fmeta) replays its operations, "compiled" hands them to torch.compile first, which
+takes a quarter of a minute and more. More particles than fit the cache are worked on in chunks of
+CHUNK members. FLOPs are those of matrix products, counted by torch; "products
 alone" is the time of exactly these products, of the same shapes and layouts, one after the other.
 
 CPU time of one thread, medians, competitors in turns. Run: ``python benchmarks/meta_training.py
-[--quick]``.
+[--quick]``, about five minutes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fmeta
 
 TRUNCATION, HORIZON = 20, 200
+CHUNK = 32
 STUDY = (2000, 2180)  # steps per CPU second of its eager prototype
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 RULES = {
@@ -52,7 +55,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def chain(rule: fmeta.Optimizer, particles: int, trace: bool) -> Callable[[], Any]:
+def chain(rule: fmeta.Optimizer, particles: int, **options: Any) -> Callable[[], Any]:
     """A call that makes the next estimate of a meta-training that goes on."""
     family = fmeta.tasks.digits((32,), batch_size=128)
     estimator = fmeta.estimators.pes(
@@ -62,7 +65,8 @@ def chain(rule: fmeta.Optimizer, particles: int, trace: bool) -> Callable[[], An
         horizon=HORIZON,
         truncation=TRUNCATION,
         std=0.01,
-        trace=trace,
+        chunk_size=CHUNK,
+        **options,
     )
     theta = rule.init()
     state = [estimator.init(theta, 0)]
@@ -90,33 +94,38 @@ def products_of(call: Callable[[], Any]) -> tuple[float, Callable[[], None]]:
 
 def measure(name: str, particles: int, repeats: int) -> dict[str, Any]:
     rule = RULES[name]()
-    recorded, eager = chain(rule, particles, True), chain(rule, particles, False)
-    recorded()  # which records the step
-    flops, alone = products_of(recorded)
-    times = median_times({"recorded": recorded, "eager": eager, "alone": alone}, repeats)
+    calls = {
+        "eager": chain(rule, particles, trace=False),
+        "recorded": chain(rule, particles),
+        "compiled": chain(rule, particles, compile=True),
+    }
+    calls["recorded"]()  # which records the step
+    flops, calls["alone"] = products_of(calls["recorded"])
+    times = median_times(calls, repeats)
     steps = 2 * particles * TRUNCATION
     return {
         "rule": name,
         "particles": particles,
-        "steps/CPU s, eager": steps / times["eager"],
-        "steps/CPU s": steps / times["recorded"],
-        "recorded / eager": times["eager"] / times["recorded"],
-        "/ study": steps / times["recorded"] / STUDY[1],
-        "GFLOP/s": 1e-9 * flops / times["recorded"],
-        "GFLOP/s, products alone": 1e-9 * flops / times["alone"],
-        "of products": times["alone"] / times["recorded"],
+        **{f"{way}, steps/CPU s": steps / times[way] for way in ("eager", "recorded", "compiled")},
+        "recorded / study": steps / times["recorded"] / STUDY[1],
+        "compiled / study": steps / times["compiled"] / STUDY[1],
+        "recorded, GFLOP/s": 1e-9 * flops / times["recorded"],
+        "compiled, GFLOP/s": 1e-9 * flops / times["compiled"],
+        "products alone, GFLOP/s": 1e-9 * flops / times["alone"],
+        "recorded / products": times["alone"] / times["recorded"],
+        "compiled / products": times["alone"] / times["compiled"],
     }
 
 
 def main() -> None:
     args = arguments((__doc__ or "").splitlines()[0])
     torch.set_num_threads(1)
-    sizes, repeats = ((4,), 3) if args.quick else ((16, 64), 9)
+    sizes, repeats = ((4,), 2) if args.quick else ((16, 64), 7)
     rows = [measure(name, n, repeats) for name in RULES for n in sizes]
     print(table(rows))
     print(
         f"\n/ study: over {STUDY[1]} steps per CPU second, the best of its eager prototype (its "
-        "own rule, another run); of products: the part of the time that the products alone take."
+        "own rule, another run); / products: the rate of FLOPs over that of the products alone."
     )
     finish(args.json, {"rows": rows, "environment": environment()})
 
