@@ -114,6 +114,38 @@ def test_noise_is_in_the_gradient_alone_and_zero_in_the_mean(others):
     assert not torch.equal(noise[0]["w0"], noise[1]["w0"])
 
 
+def test_metrics_see_the_tasks_labels():
+    family = augmented(FAMILY, permute_labels=True)
+    task = sample_task(family, 1, 3)
+    labels = task.config["labels"]
+    p = {k: torch.zeros_like(x) for k, x in task.model_params.items()}
+    p["b1"][labels[2]] = 1.0  # answers what twos are called here
+    twos = (FAMILY.data["y"] == 2).nonzero()[:20, 0]
+    batch = {"inner": torch.cat([twos, (FAMILY.data["y"] == 5).nonzero()[:60, 0]])}
+    assert labels[2] != 2
+    assert family.metrics(family.data, task.config, p, batch) == {"accuracy": torch.tensor(0.25)}
+
+
+def test_metrics_see_the_familys_own_parameters():
+    own = quadratic(2)._replace(metrics=lambda data, config, p, b: {"sum": p["x"].sum()})
+    family = augmented(own, rescale=1.0)
+    task, plain_task = sample_task(family, 1, 0), sample_task(own, 1, 0)
+    batch = trees.map(lambda x: x[0], task.batches)
+    got = family.metrics(family.data, task.config, task.model_params, batch)["sum"]
+    torch.testing.assert_close(got, plain_task.model_params["x"].sum())
+
+
+def test_each_parameter_has_noise_of_its_own():
+    family = augmented(digits((10,), batch_size=16), gradient_noise=1.0)
+    quiet = digits((10,), batch_size=16)
+    task = sample_task(family, 1, 0)
+    noisy = grad(lambda p: loss_at(family, task, p))(task.model_params)
+    own = grad(lambda p: loss_at(quiet, plain(task), p))(task.model_params)
+    one, other = (noisy[k] - own[k] for k in ("b0", "b1"))
+    assert one.shape == other.shape
+    assert (one - other).abs().max() > 0.5
+
+
 def test_a_meta_gradient_through_noise_is_that_of_noise_as_data():
     """Noise enters an unroll as a constant term of each gradient."""
     family = augmented(quadratic(3), gradient_noise=0.2)

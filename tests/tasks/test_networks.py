@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import fmeta
 from fmeta.tasks import digits, loss_of_task, sample_task, stack_tasks
-from fmeta.tasks._networks import cross_entropy
+from fmeta.tasks._networks import cross_entropy, uniform
 
 MODELS = {
     "mlp": {"widths": (6,)},
@@ -135,3 +135,12 @@ def test_every_model_learns(model):
         loss_args=(task.config,),
     ).losses  # fmt: skip
     assert losses[-20:].mean() < 0.75 * losses[0]
+
+
+def test_initial_weights_have_the_variance_of_their_inputs():
+    g = fmeta.random.fold_in(0)
+    w = uniform(g, 200, 50, fan_in=200)
+    assert w.shape == (200, 50)
+    assert abs(float(w.mean())) < 4 * (200**-0.5) / 100
+    assert float(w.var()) == pytest.approx(1 / 200, rel=0.05)
+    assert float(w.abs().max()) <= (3 / 200) ** 0.5
