@@ -32,7 +32,7 @@ class Traced:
     Args:
         fn: ``fn(*trees) -> tree``; leaves are tensors.
         compile: hand what was recorded to `torch.compile`: faster still, and equal to rounding
-            only, after a compilation of a quarter of a minute or more.
+            only, after a compilation of 15 to 40 seconds. What cannot be recorded is an error.
     """
 
     def __init__(self, fn: Callable[..., Any], *, compile: bool = False) -> None:
@@ -61,14 +61,22 @@ class Traced:
 
         try:
             module = make_fx(flat_fn)(*flat)
-        except Exception:  # not recordable, or wrong: the function itself says what is wrong
-            return None, None
+        except Exception as error:  # not recordable, or wrong: then the function itself says so
+            return self._unrecorded(error)
         _simplify(module)
         if not _equal(module(*flat), flat_fn(*flat)):
-            return None, None  # it reads something that changes from call to call
+            return self._unrecorded(None)
         if self.compile:
             return torch.compile(module, fullgraph=True, dynamic=False), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation
+
+    def _unrecorded(self, error: Exception | None) -> tuple[None, None]:
+        if self.compile:
+            raise ValueError(
+                "the step cannot be compiled: it gives something else when it is called again, or "
+                "depends on more than the shapes of tensors; leave compile=True out"
+            ) from error
+        return None, None
 
 
 _VIEWS = {

@@ -23,6 +23,7 @@ WRITTEN = {
     "metrics.jsonl",
     "metrics.timing.jsonl",
     "checkpoint",
+    "tuning",
 }
 
 
@@ -193,6 +194,12 @@ def test_defaults_are_taken_from_a_file_and_overridden_by_flags(tmp_path, finish
     ]
     assert main(["train", *options]) == 0
     assert metrics(tmp_path) == metrics(finished)  # with the seed and the rate of the defaults
+
+
+def test_a_file_of_settings_does_not_go_with_resuming(finished, capsys):
+    file = str(finished / "digits" / "config.json")
+    assert main(["train", "--resume", "--out", str(finished), "--config", file]) == 1
+    assert "--config and --resume exclude each other" in capsys.readouterr().err
 
 
 def test_the_config_of_a_run_is_such_a_file(finished, tmp_path):

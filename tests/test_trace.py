@@ -116,6 +116,11 @@ def test_views_that_are_edited_in_place_stay_views_of_their_own():
     assert [y.shape for y in got] == [y.shape for y in want]
 
 
+def test_what_cannot_be_recorded_cannot_be_compiled():
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        Traced(lambda x: x + 1 if x.sum() > 0 else x, compile=True)(torch.ones(1))
+
+
 @pytest.mark.slow
 def test_compiled_is_equal_to_rounding():
     recorded, compiled = Traced(step), Traced(step, compile=True)

@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from fmeta import _files, evaluate, plot, pretrained, trees
+from fmeta.meta_train._lock import locked
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, digits
 
@@ -42,7 +43,7 @@ class EvaluateConfig:
     """Training steps; several numbers make an evaluation each, baselines tuned anew."""
     num_seeds: int = 10
     """Models that each optimizer trains; the intervals are over them."""
-    seed: int = 1_000_037
+    seed: int = 2_000_003
     """Of the initial parameters and batches; take one that meta-training did not see."""
     baselines: tuple[str, ...] = tuple(evaluate.BASELINES)
     """Hand-made optimizers to tune and compare with; steps are counted to the loss of adam."""
@@ -94,29 +95,33 @@ def run_evaluate(config: EvaluateConfig) -> int:
     family = config.family()
     contenders = _contenders(config.weights)
     folder = config.folder()
+    if (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} is the folder of a run, which has results of its own: choose another --out"
+        )
     if (folder / "results.json").exists() and not config.overwrite:
         raise FileExistsError(
             f"{folder} holds results already: choose another --out, or add --overwrite"
         )
-    _files.writable_folder(folder)
-    evaluations = {
-        f"{steps} steps": evaluate.run(
-            family,
-            contenders,
-            num_steps=steps,
-            num_seeds=config.num_seeds,
-            seed=config.seed,
-            baselines=config.baselines,
-            tune_seeds=config.tune_seeds,
-            chunk_size=config.chunk_size,
-            on_phase=lambda text: console.print(text, highlight=False, markup=False),
-        )
-        for steps in config.num_steps
-    }
     title = _title(config)
     mark = _mark(_run_config(_weights_file(config.weights)))
-    evaluate.Results(evaluations, title, mark).save(folder / "results.json")
-    plot.evaluations(folder / "curves.png", evaluations, title=title, mark=mark)
+    evaluations: dict[str, evaluate.Evaluation] = {}
+    with locked(_files.writable_folder(folder)):
+        for steps in config.num_steps:
+            evaluations[f"{steps} steps"] = evaluate.run(
+                family,
+                contenders,
+                num_steps=steps,
+                num_seeds=config.num_seeds,
+                seed=config.seed,
+                baselines=config.baselines,
+                tune_seeds=config.tune_seeds,
+                chunk_size=config.chunk_size,
+                on_phase=lambda text: console.print(text, highlight=False, markup=False),
+            )
+            # After each: who stops a later one keeps those before it.
+            evaluate.Results(evaluations, title, mark).save(folder / "results.json")
+            plot.evaluations(folder / "curves.png", evaluations, title=title, mark=mark)
     for name, found in evaluations.items():
         console.print(found.table(f"{title}, {name}"))
     console.print(f"written: {folder}/results.json, {folder}/curves.png", soft_wrap=True)

@@ -92,6 +92,11 @@ def _defaults(arguments: Sequence[str]) -> TrainConfig:
     file = _value_of("--config", arguments)
     if file is not None:
         default = read_config(file, default)
+    if file is not None and "--resume" in arguments:
+        raise ValueError(
+            "--config and --resume exclude each other: a run goes on with the settings that it "
+            "was started with"
+        )
     if "--resume" in arguments:
         out = _value_of("--out", arguments) or default.out
         name = _value_of("--name", arguments) or default.name

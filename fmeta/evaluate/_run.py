@@ -150,9 +150,15 @@ def run(
     entries |= {name: tuned(baseline, known.get(name)) for name, baseline in chosen.items()}
     measured = {name: measured_with(entry) for name, entry in entries.items()}
     counted = reference if reference in measured else None
-    level = None if counted is None else float(final_loss(measured[counted].train).mean())
+    level = None if counted is None else _level(measured[counted])
     outcomes = {k: _outcome(entry, measured[k], at, level) for k, entry in entries.items()}
     return Evaluation(outcomes, num_steps, num_seeds, seed, counted)
+
+
+def _level(found: Measured) -> float:
+    """Mean final training loss of the seeds that did not diverge; NaN, which is never reached."""
+    losses = final_loss(found.train)
+    return float(losses[found.train.isfinite().all(-1)].mean())
 
 
 def _outcome(entry: _Entry, found: Measured, at: list[int], level: float | None) -> Outcome:

@@ -70,9 +70,9 @@ class TrainConfig:
     eval_seeds: int = 16
     """Fresh initialisations in the final comparison (half as many for longer trainings)."""
     baselines: tuple[str, ...] = tuple(BASELINES)
-    """Hand-made optimizers to tune and compare with; longer trainings take Adam and Muon only."""
+    """Hand-made optimizers to tune and beat; longer trainings have adam, and two with a cosine."""
     compile: bool = False
-    """Compile the inner step (pes only): twice as fast after half a minute for each task."""
+    """Compile the inner step (pes only): twice as fast, after 15 to 40 seconds for each task."""
     tensorboard: bool = False
     """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
     beside: bool = True

@@ -1,19 +1,23 @@
 """The baselines' learning rates, searched for in a process beside meta-training.
 
 Meta-training keeps one core busy and does not need them; the comparison after it does. Each search
-goes into a file of the run's checkpoint folder, so that it is not repeated when a run is resumed.
+goes into a file of the run's folder ``tuning/``, so that it is not repeated when a run is resumed.
 What the other process has not done is done here: it may be missing, or killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from fmeta import _files
 from fmeta.evaluate import BASELINES, Search, search_rates
@@ -33,8 +37,8 @@ def lengths(config: TrainConfig) -> dict[int, tuple[str, ...]]:
     found = {}
     for length in config.eval_lengths:
         long = length > 1
-        names = tuple(b for b in config.baselines if not long or b in _LONG)
-        found[length * max(config.horizons)] = names
+        few = tuple(b for b in config.baselines if b in _LONG)
+        found[length * max(config.horizons)] = few if long and few else config.baselines
     return found
 
 
@@ -53,14 +57,15 @@ class Tuning:
         if folder.exists():
             _files.remove_leftovers(folder)
         if self.config.beside and any(_missing(self.config)):
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fmeta.meta_train._tuning", str(folder.parent)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the other
-            )
+            with contextlib.suppress(OSError):  # no process to spare: then it is done here
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "fmeta.meta_train._tuning", str(folder.parent)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,  # Ctrl-C is for this process, which ends the other
+                )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -95,35 +100,40 @@ def _search(config: TrainConfig, steps: int, name: str) -> Search:
         return _read(path)
     baseline = BASELINES[name]
     long = steps > max(config.horizons)
-    found = search_rates(
-        config.family(config.eval_task),
-        baseline.build,
-        baseline.rates,
-        num_steps=steps,
-        num_seeds=min(_SEEDS_LONG if long else _SEEDS, config.eval_seeds),
-        seed=config.seed + COMPARISON,
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the other process: the last bits depend on it
+    try:
+        found = search_rates(
+            config.family(config.eval_task),
+            baseline.build,
+            baseline.rates,
+            num_steps=steps,
+            num_seeds=min(_SEEDS_LONG if long else _SEEDS, config.eval_seeds),
+            seed=config.seed + COMPARISON,
+        )
+    finally:
+        torch.set_num_threads(threads)
     path.parent.mkdir(exist_ok=True)
-    _files.write_json(path, found._asdict())
+    scores = [x if math.isfinite(x) else None for x in found.scores]  # JSON has no infinity
+    _files.write_json(path, {**found._asdict(), "scores": scores})
     return _read(path)
 
 
 def _read(path: Path) -> Search:
     found = _files.read_json(path)
     try:
-        assert isinstance(found, Mapping)
-        scores = tuple(float(x) for x in found["scores"])
+        scores = tuple(math.inf if x is None else float(x) for x in found["scores"])
         return Search(float(found["rate"]), tuple(found["rates"]), scores, int(found["extended"]))
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: delete it, and --resume searches again") from None
 
 
 def _folder(config: TrainConfig) -> Path:
-    return Path(config.out) / config.name / "checkpoint"
+    return Path(config.out) / config.name / "tuning"
 
 
 def _file(config: TrainConfig, steps: int, name: str) -> Path:
-    return _folder(config) / f"tuning-{name}-{steps}.json"
+    return _folder(config) / f"{name}-{steps}.json"
 
 
 def _end_with_parent() -> None:
@@ -138,8 +148,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    import torch
-
     _end_with_parent()
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])

@@ -55,12 +55,17 @@ def evaluations(
     figure, axes = grid_of_axes(len(panels))
     for axis, (label, evaluation, quantity) in zip(axes, panels, strict=True):
         _draw(axis, evaluation, quantity, styles)
-        axis.set_title(label, fontsize=10, loc="left")
+        several = len({e.num_seeds for e in found.values()}) > 1
+        seeds_here = f" ({evaluation.num_seeds} seeds)" if several else ""
+        axis.set_title(f"{label}{seeds_here}", fontsize=10, loc="left")
         if mark is not None and mark[0] < evaluation.num_steps:
             _mark(axis, *mark)
     _legend(figure, styles)
-    seeds = first.num_seeds
-    figure.suptitle(f"{title}\nlines: mean of {seeds} seeds; bands: lowest to highest", fontsize=11)
+    seeds = sorted({e.num_seeds for e in found.values()}, reverse=True)
+    counts = " or ".join(map(str, seeds))
+    figure.suptitle(
+        f"{title}\nlines: mean of {counts} seeds; bands: lowest to highest", fontsize=11
+    )
     write(path, figure)
 
 

@@ -233,3 +233,12 @@ def test_the_list_of_optimizers_tells_which_are_learned(capsys):
     count = sum(x.numel() for x in optimizers.linear().init().values())
     assert f"{count} weights" in next(line for line in out.splitlines() if "linear" in line)
     assert "weights" not in next(line for line in out.splitlines() if line.startswith("│ adam "))
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path, capsys):
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert main(["evaluate", str(weights), "--out", str(tmp_path / "run"), "--overwrite"]) == 1
+    assert "is the folder of a run" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def config_in(folder, **changes):
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in (folder / "run" / "checkpoint").iterdir()}
+    return {p.name: p.read_bytes() for p in (folder / "run" / "tuning").iterdir()}
 
 
 def test_searches_are_those_of_evaluate(tmp_path):
@@ -49,13 +49,13 @@ def test_the_other_process_finds_the_same(tmp_path):
         beside = files(there)
         tuning.searches(8)
     assert beside == files(here)
-    assert set(beside) == {"tuning-adam-8.json", "tuning-adam-16.json"}
+    assert set(beside) == {"adam-8.json", "adam-16.json"}
 
 
 def test_what_is_found_is_not_searched_again(tmp_path):
     config = config_in(tmp_path, beside=True)
     tune_all(config)
-    path = tmp_path / "run" / "checkpoint" / "tuning-adam-8.json"
+    path = tmp_path / "run" / "tuning" / "adam-8.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rate": 123.0}))
     with Tuning(config) as tuning:
         assert tuning.process is None
@@ -78,18 +78,18 @@ def test_the_process_ends_with_the_block(tmp_path):
 def test_the_process_ends_when_its_parent_is_killed(tmp_path):
     config_in(tmp_path, eval_lengths=(1, 1000))  # minutes of work
     command = [sys.executable, "-m", "fmeta.meta_train._tuning", str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE)
-    time.sleep(6)
-    assert child.poll() is None
-    child.stdin.close()  # as the system does for a process that is killed
-    assert child.wait(10) == 1
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        time.sleep(6)
+        assert child.poll() is None
+        child.stdin.close()  # as the system does for a process that is killed
+        assert child.wait(60) == 1
 
 
 def test_a_damaged_file_is_a_sentence(tmp_path):
     config = config_in(tmp_path)
     tune_all(config)
-    (tmp_path / "run" / "checkpoint" / "tuning-adam-8.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tuning-adam-8.json is damaged: delete it"):
+    (tmp_path / "run" / "tuning" / "adam-8.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adam-8.json is damaged: delete it"):
         Tuning(config).searches(8)
 
 
