@@ -16,7 +16,7 @@ Tree = Any
 
 
 def first_bad_step(*losses: Tensor | None) -> Tensor:
-    """The first step at which a task has a loss that is not finite.
+    """The first of the estimate's steps at which a task has a loss that is not finite.
 
     Args:
         *losses: ``(K, tasks, copies)`` each, or None.
@@ -29,15 +29,15 @@ def first_bad_step(*losses: Tensor | None) -> Tensor:
 
 
 def mean_over_tasks(
-    values: Tensor, parts: Tree, bad_step: Tensor, metrics: dict[str, Tensor], *, group: int = 1
+    values: Tensor, parts: Tree, diverged_at: Tensor, metrics: dict[str, Tensor], *, group: int = 1
 ) -> Estimate:
     """Mean over the tasks that did not diverge, and how sure it is.
 
     Args:
         values: the tasks' meta-losses, ``(tasks,)``.
         parts: their gradients, a tree with leading dimension of tasks.
-        bad_step: of `first_bad_step`. A task also counts as diverged when its meta-loss or its
-            gradient is not finite.
+        diverged_at: the inner steps of the trainings at which they did, ``(tasks,)``, -1 for none.
+            A task also counts as diverged when its meta-loss or its gradient is not finite.
         metrics: further ones.
         group: this many neighbours are no independent draws of the gradient, and enter its
             standard error together.
@@ -46,7 +46,7 @@ def mean_over_tasks(
         An `Estimate`; NaN when all diverged.
     """
     finite = [x.reshape(len(x), -1).isfinite().all(1) for x in trees.leaves((values, parts))]
-    kept = torch.stack([bad_step < 0, *finite]).all(0)
+    kept = torch.stack([diverged_at < 0, *finite]).all(0)
     count = kept.sum()
 
     def of_kept(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def mean_over_tasks(
         {
             **metrics,
             "diverged": ~kept,
-            "diverged_at": bad_step,
+            "diverged_at": diverged_at,
             "standard_error": error,
             "signal_to_noise": squared_norm(grads).sqrt() / error,
         },

@@ -40,11 +40,16 @@ class Estimate(NamedTuple):
             - ``"losses"``: of every inner step before its update;
             - ``"diverged"`` ``(tasks,)``: which tasks had a loss, a meta-loss or a gradient that is
               not finite, and were left out;
-            - ``"diverged_at"`` ``(tasks,)``: the first step of the estimate at which they had such
-              a loss, or -1;
-            - ``"drawn"`` ``(tasks, integers)``: with ``*drawn[i].tolist()`` after its number of
-              steps, `fmeta.tasks.sample_task` gives task i again (that which diverged, where one
-              estimate has several in the same place);
+            - ``"diverged_at"`` ``(tasks,)``: the inner step of its training (``t`` of a
+              ``meta_loss``) at which it first had such a loss or meta-loss; -1 for none, also where
+              the gradient alone is not finite;
+            - ``"drawn"`` ``(tasks, integers)``: which task i is. Where one estimate has several
+              in the same place, it is that of the step which diverged, else the last. With
+              ``*drawn[i].tolist()``, `fmeta.tasks.sample_task` gives its config and initial
+              parameters again, and, for the number of steps that it made in the estimate in which
+              it began (`full`: the horizon), the batches of these. Later batches come from the
+              stream of their estimate k: `fmeta.tasks.sample_batches` with ``(seed, k, i, 0)``,
+              where ``seed`` is the first of ``drawn`` and i counts the tasks of one family;
             - ``"standard_error"``: the norm of the standard error of ``grads`` over tasks, NaN for
               fewer than two;
             - ``"signal_to_noise"``: the norm of ``grads`` over that;

@@ -31,6 +31,7 @@ from fmeta.estimators._trainings import (
     by_steps,
     drawn_at,
     idle,
+    inner_step_at,
     trainings_of,
     without_diverged,
 )
@@ -112,8 +113,10 @@ def pes(
             tasks, copies)``: a step's part in the meta-loss, of which the mean over steps counts.
             Default: ``eval_losses`` with ``eval_split``, else ``losses``.
         eval_split: the split from which a batch is evaluated after each inner step; None: none.
-        stagger: the first trainings end early, at different steps, so that later ones are not all
-            at the same point.
+        stagger: the first trainings end early, so that later ones are not all at the same point.
+            They do it by beginning at a later t (a multiple of K, with models that are fresh all
+            the same), as in google/learned_optimization: a ``meta_loss`` that depends on t sees
+            late steps of untrained models in the first estimates. False: all begin at 0.
         perturb: ``perturb(meta_params, step, particle) -> eps``, in place of normal draws.
         chunk_size: members (pairs count twice) that are worked on together, through the whole
             truncation: about as many as fit the cache; None: all.
@@ -223,7 +226,8 @@ def _of_family(
             parts = trees.map(lambda x, m: (x / (2 * std**2)).to(m.dtype), weighed, meta_params)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
-            estimate = mean_over_tasks(values.mean((0, 2)), parts, bad_step, metrics, group=each)
+            at = inner_step_at(plan, bad_step)
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics, group=each)
             after = without_diverged(after, estimate.metrics["diverged"])
         return estimate, PESState(*after, xi, state.step + 1, state.seed)
 

@@ -33,6 +33,7 @@ __all__ = [
     "by_unroll",
     "drawn_at",
     "idle",
+    "inner_step_at",
     "trainings_of",
     "without_diverged",
 ]
@@ -434,9 +435,15 @@ def idle(draws: Draws, stepper: Stepper, meta_params: Tree, seed: int, copies: i
 
 
 def drawn_at(plan: Plan, bad_step: Tensor) -> Tensor:
-    """The integers of each task at step ``bad_step``, where that is -1 at the first step."""
+    """The integers of each task at step ``bad_step`` of the truncation; -1 is its last step."""
     tasks = torch.arange(len(bad_step), device=bad_step.device)
-    return plan.drawn[bad_step.clamp(min=0), tasks]
+    return plan.drawn[bad_step, tasks]
+
+
+def inner_step_at(plan: Plan, bad_step: Tensor) -> Tensor:
+    """The inner step of its training at which a task is in step ``bad_step``; -1 stays -1."""
+    tasks = torch.arange(len(bad_step), device=bad_step.device)
+    return torch.where(bad_step < 0, -1, plan.t[bad_step, tasks])
 
 
 def trainings_of(state: Any) -> Trainings:

@@ -33,6 +33,7 @@ from fmeta.estimators._trainings import (
     by_unroll,
     drawn_at,
     idle,
+    inner_step_at,
     trainings_of,
     without_diverged,
 )
@@ -85,8 +86,9 @@ def truncated(
 
     Memory and time of an estimate are those of K steps, however long the trainings are. What a
     step does to the losses after its truncation is cut off, so the estimate is biased towards
-    what pays off at once; with ``truncation >= horizon`` it is exact. A training that is over
-    begins anew within the truncation, on a fresh task.
+    what pays off at once. It is exact where K is a multiple of the horizon (of each, of several):
+    then an estimate consists of whole trainings. A training that is over begins anew within the
+    truncation, on a fresh task.
 
     Args:
         optimizer: the rule being learned, or the one under which something else is.
@@ -103,8 +105,10 @@ def truncated(
             tasks, 1)``: a step's part in the meta-loss, of which the mean over steps counts.
             Default: ``eval_losses`` with ``eval_split``, else ``losses``.
         eval_split: the split from which a batch is evaluated after each inner step; None: none.
-        stagger: the first trainings end early, at different steps, so that later ones are not all
-            at the same point.
+        stagger: the first trainings end early, so that later ones are not all at the same point.
+            They do it by beginning at a later t (a multiple of K, with models that are fresh all
+            the same), as in google/learned_optimization: a ``meta_loss`` that depends on t sees
+            late steps of untrained models in the first estimates. False: all begin at 0.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
         chunk_size: tasks whose steps are made together, as in `torch.vmap`; None: all.
 
@@ -168,7 +172,8 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
             parts = trees.map(lambda x: x.squeeze(1), parts)
-            estimate = mean_over_tasks(values.mean((0, 2)), parts, bad_step, metrics)
+            at = inner_step_at(plan, bad_step)
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics)
             after = without_diverged(after, estimate.metrics["diverged"])
         return estimate, TruncatedState(*after, state.step + 1, state.seed)
 

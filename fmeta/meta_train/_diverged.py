@@ -13,19 +13,20 @@ def diverged_tasks(found: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         found: metrics of an `Estimate`: ``"diverged"``, booleans ``(tasks,)``, and where known
-            ``"diverged_at"``, the inner step of each or -1, and ``"drawn"`` ``(tasks, integers)``.
+            ``"diverged_at"``, the inner step of each or -1, ``"family"`` of a mixture, and
+            ``"drawn"`` ``(tasks, integers)``.
 
     Returns:
         ``{}`` when the estimator does not report it; else ``"diverged"``, their share, and, when
-        there are some, ``"diverged_tasks"``: for each ``{"task": i}`` with ``"inner_step"`` and
-        ``"drawn"`` where they are known.
+        there are some, ``"diverged_tasks"``: for each ``{"task": i}`` with ``"family"``,
+        ``"inner_step"`` and ``"drawn"`` where they are known.
     """
     if "diverged" not in found:
         return {}
     flags = found["diverged"].reshape(-1).tolist()
     columns = {
         name: found[key].tolist()
-        for name, key in (("inner_step", "diverged_at"), ("drawn", "drawn"))
+        for name, key in (("family", "family"), ("inner_step", "diverged_at"), ("drawn", "drawn"))
         if key in found
     }
     named = [
@@ -45,9 +46,9 @@ def describe(metrics: Mapping[str, Any], *, most: int = 3) -> str:
         most: tasks that are named.
 
     Example:
-        >>> tasks = [{"task": 1, "inner_step": 20, "drawn": [0, 7, 1]}, {"task": 3}]
-        >>> describe({"step": 7, "diverged": 0.5, "diverged_tasks": tasks})
-        'outer step 7: 2 of 4 tasks diverged: task 1 at inner step 20 (drawn from 0, 7, 1), task 3'
+        >>> tasks = [{"task": 1, "inner_step": 20, "drawn": [0, 6, 1, 1]}]  # the training of step 6
+        >>> describe({"step": 7, "diverged": 0.25, "diverged_tasks": tasks})
+        'outer step 7: 1 of 4 tasks diverged: task 1 at inner step 20 (drawn from 0, 6, 1, 1)'
     """
     named = metrics.get("diverged_tasks", [])
     if not named:
@@ -62,6 +63,8 @@ def describe(metrics: Mapping[str, Any], *, most: int = 3) -> str:
 
 def _name(task: Mapping[str, Any]) -> str:
     text = f"task {task['task']}"
+    if "family" in task:
+        text += f" of family {task['family']}"
     if "inner_step" in task:
         text += f" at inner step {task['inner_step']}"
     if "drawn" in task:

@@ -249,8 +249,32 @@ def test_the_name_is_that_of_the_task_begun_within_the_truncation():
     bad = sample_task(quadratics(), 1, 0, 0, 1, 2).config["id"]
     estimator = build(quadratics(is_bad=lambda id: id == bad), horizon=3, truncation=5)
     metrics = estimates(estimator, 1)[0].metrics
-    assert metrics["diverged_at"].tolist() == [-1, 3, -1, -1]
-    assert metrics["drawn"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 0, 2, 1], [0, 0, 3, 1]]
+    assert metrics["diverged_at"].tolist() == [-1, 0, -1, -1]  # of its own steps
+    assert metrics["drawn"].tolist() == [[0, 0, i, 2] for i in range(4)]
+
+
+def test_a_training_that_ends_badly_is_named_though_another_begins_after_it():
+    bad = sample_task(quadratics(), 1, 0, 0, 1, 1).config["id"]
+    estimator = build(quadratics(is_bad=lambda id: id == bad), horizon=3, truncation=5)
+    metrics = estimates(estimator, 1)[0].metrics
+    assert metrics["diverged_at"].tolist() == [-1, 0, -1, -1]
+    assert metrics["drawn"][1].tolist() == [0, 0, 1, 1]
+
+
+def test_the_step_is_that_of_the_training_not_of_the_truncation():
+    late = lambda losses, evals, t, horizon: torch.where(t == 5, torch.nan, losses)
+    found = estimates(build(horizon=8, truncation=4, meta_loss=late), 3)
+    at = [f.metrics["diverged_at"].tolist() for f in found]
+    assert at == [[-1] * 4, [5] * 4, [-1] * 4]  # then all begin anew
+
+
+def test_where_only_the_gradient_is_bad_the_last_training_is_named():
+    huge = lambda meta, step, i: trees.map(lambda x: 0 * x + (math.inf if i == 1 else 0.01), meta)
+    fixed = lambda meta, config: (META, None)
+    found = estimates(build(horizon=3, truncation=5, perturb=huge, bind=fixed), 1)[0]
+    assert found.metrics["diverged"].tolist() == [False, True, False, False]
+    assert found.metrics["diverged_at"].tolist() == [-1] * 4
+    assert found.metrics["drawn"][1].tolist() == [0, 0, 1, 2]
 
 
 def test_when_all_diverge_nothing_is_estimated():

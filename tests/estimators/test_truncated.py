@@ -126,8 +126,8 @@ def test_trainings_go_on_where_they_were_and_gradients_do_not():
 
 def test_trainings_that_begin_within_a_truncation_count_from_there():
     found = estimates(build(horizon=2, truncation=4), 1)[0]
-    first = mean_of(lambda meta, row: by_hand(meta, row, 2), found.metrics["drawn"])
-    second = mean_of(lambda meta, row: by_hand(meta, [*row[:3], 2], 2), found.metrics["drawn"])
+    first = mean_of(lambda meta, row: by_hand(meta, [*row[:3], 1], 2), found.metrics["drawn"])
+    second = mean_of(lambda meta, row: by_hand(meta, row, 2), found.metrics["drawn"])
     close(found.grads, grad(lambda meta: (first(meta) + second(meta)) / 2)(META))
 
 
@@ -167,10 +167,43 @@ def test_a_task_that_diverges_is_left_out_named_and_begun_anew():
     estimator = build(quadratics(lambda id: id == bad), horizon=2, truncation=3)
     first, second = estimates(estimator, 2)
     assert first.metrics["diverged"].tolist() == [False, True, False]
-    assert first.metrics["diverged_at"].tolist() == [-1, 2, -1]
-    assert first.metrics["drawn"].tolist() == [[3, 0, 0, 1], [3, 0, 1, 2], [3, 0, 2, 1]]
-    assert second.metrics["drawn"][:, 1:].tolist() == [[0, 0, 2], [1, 1, 1], [0, 2, 2]]
+    assert first.metrics["diverged_at"].tolist() == [-1, 0, -1]
+    assert first.metrics["drawn"].tolist() == [[3, 0, i, 2] for i in range(3)]
+    # The others have a step left, so that they begin one training less.
+    assert second.metrics["drawn"][:, 1:].tolist() == [[1, 0, 1], [1, 1, 2], [1, 2, 1]]
     assert not second.metrics["diverged"].any()
+
+
+def test_the_step_is_that_of_the_training_not_of_the_truncation():
+    late = lambda losses, evals, t, horizon: torch.where(t == 4, torch.nan, losses)
+    found = estimates(build(meta_loss=late), 3)
+    at = [f.metrics["diverged_at"].tolist() for f in found]
+    assert at == [[-1] * 3, [4] * 3, [-1] * 3]  # then all begin anew
+
+
+def test_first_batches_are_those_of_the_tasks_integers_and_later_ones_of_their_estimate():
+    found = estimates(build(horizon=6, truncation=3), 2)
+    for i in range(3):
+        drawn = found[1].metrics["drawn"][i].tolist()
+        config, params, first = sample_task(FAMILY, 3, *drawn)
+        later = sample_batches(FAMILY, config, 3, drawn[0], 1, i, 0)
+        args = (RULE, loss_of_task(FAMILY), META, params, torch.cat([first, later]))
+        want = fmeta.unroll(*args, loss_args=(config,)).losses
+        close(torch.cat([f.metrics["losses"][:, i, 0] for f in found]), want)
+
+
+def test_stagger_begins_fresh_models_at_later_steps():
+    seen = []
+
+    def meta_loss(losses, evals, t, horizon):
+        seen.append(t[0, :, 0].tolist())
+        return losses
+
+    options = {"num_tasks": 8, "horizon": 12, "meta_loss": meta_loss}
+    staggered, plain = (estimates(build(stagger=s, **options), 1)[0] for s in (True, False))
+    assert set(seen[0]) > {0}
+    assert set(seen[1]) == {0}
+    close(staggered.metrics["losses"], plain.metrics["losses"])  # the same trainings
 
 
 def test_the_other_tasks_are_as_without_it():

@@ -30,6 +30,19 @@ def test_those_that_did_are_named_with_their_inner_steps_and_where_they_came_fro
     }
 
 
+def test_in_a_mixture_the_family_is_named():
+    family = torch.tensor([0, 0, 1, 1])
+    got = diverged_tasks({"diverged": FLAGS, "diverged_at": AT, "family": family})
+    assert got["diverged_tasks"] == [
+        {"task": 1, "family": 0, "inner_step": 20},
+        {"task": 3, "family": 1, "inner_step": 0},
+    ]
+    assert describe_diverged({"step": 4, **got}) == (
+        "outer step 4: 2 of 4 tasks diverged: task 1 of family 0 at inner step 20, "
+        "task 3 of family 1 at inner step 0"
+    )
+
+
 @pytest.mark.parametrize("at", [{}, {"diverged_at": torch.tensor([-1, -1, -1, -1])}])
 def test_what_is_not_known_is_left_out(at):
     got = diverged_tasks({"diverged": FLAGS, **at})
