@@ -90,14 +90,14 @@ class JsonLines:
         step: the outer step of the next line.
 
     Raises:
-        ValueError: the file does not reach up to ``step``, or is of another kind.
+        ValueError: the file is not there or does not reach up to ``step`` (above 0), or is of
+            another kind.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        if path.exists():
-            self._cut(step)
+        self._cut(step)
         with _files.naming(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
@@ -118,7 +118,7 @@ class JsonLines:
         os.close(self._file)
 
     def _cut(self, step: int) -> None:
-        lines = self._path.read_bytes().splitlines(keepends=True)
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept: list[bytes] = []
         for line in lines:
             at = self._step_of(line) if line.endswith(b"\n") else step
@@ -129,7 +129,8 @@ class JsonLines:
         if reached != step:
             raise ValueError(
                 f"{self._path} holds the outer steps before {reached}, but the checkpoint goes on "
-                f"at {step}: lines are missing; move the file away to begin another one"
+                f"at {step}: lines are missing; put the whole file back, resume without a log, or "
+                "begin another run"
             )
         if len(kept) < len(lines):
             _files.write_bytes(self._path, b"".join(kept))

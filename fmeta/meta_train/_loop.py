@@ -69,8 +69,9 @@ def run(
     Args:
         estimator: gives ``(Estimate(loss, grads, metrics), state)``. Tasks that diverge it leaves
             out of both itself, and reports: ``metrics["diverged"]``, booleans ``(tasks,)``,
-            ``metrics["diverged_at"]``, their inner steps or -1, and ``metrics["drawn"]``, the
-            integers that `fmeta.tasks.sample_task` makes each from.
+            ``metrics["diverged_at"]``, the inner steps of their trainings or -1,
+            ``metrics["drawn"]``, the integers that tell which they are, and of a mixture
+            ``metrics["family"]``; see `fmeta.estimators.Estimate`.
         meta_params: what is learned, at its start; the caller's initialisation. The outer steps
             are not recorded for differentiation, also where these require a gradient.
         outer: any `Optimizer`, hand-made or learned; clipping and schedules are combinators.
@@ -86,7 +87,8 @@ def run(
         patience: early stopping after this many validations without a new best; None: never.
         select: ``"best"`` by validation is the result, or the ``"last"``.
         max_skipped: an outer step whose meta-loss or meta-gradient is not finite changes nothing
-            but the position in the stream of tasks; this many in a row are an error.
+            but the position in the stream of tasks; this many in a row are an error, after
+            the metrics of the last are written to ``log``.
         checkpoint_folder: where the whole state is saved, in one file, atomically; None: nowhere.
             On KeyboardInterrupt the last complete state is saved before the exception goes on.
         checkpoint_every: outer steps between saves; there is one before the first step.
@@ -102,8 +104,9 @@ def run(
 
         Metrics of an outer step are ``"step"``, ``"meta_loss"``, ``"meta_grad_norm"`` and, where
         there is one, ``"signal_to_noise"`` of the meta-gradient, ``"diverged"`` (share of the
-        tasks), ``"diverged_tasks"`` (a list of dicts with ``"task"``, ``"inner_step"`` and
-        ``"drawn"``), ``"skipped"`` (which in a row this one is), ``"validation"``.
+        tasks), ``"diverged_tasks"`` (a list of dicts with ``"task"``, ``"family"``,
+        ``"inner_step"`` and ``"drawn"``, where they are known), ``"skipped"`` (which in a row
+        this one is), ``"validation"``.
 
     Raises:
         FloatingPointError: ``max_skipped`` skipped outer steps in a row, or an outer optimizer
@@ -155,7 +158,7 @@ def resume(
         estimator, meta_params, outer, num_steps, seed: as given to `run`; of ``meta_params`` only
             structure and device are used, the values come from the checkpoint.
         **options: the further arguments of `run`. What ``log`` holds of outer steps after the
-            checkpoint is cut off and written again.
+            checkpoint is cut off and written again; those before must be there.
 
     Returns:
         The `Result` of the whole run, with the history of the steps made now.
@@ -163,7 +166,7 @@ def resume(
     Raises:
         FileNotFoundError: no checkpoint in the folder.
         ValueError: a checkpoint that is damaged, of another seed, or of another run (with the
-            array's name); a log with missing lines.
+            array's name); a log that is not there or lacks lines.
         FloatingPointError, BlockingIOError, OSError, ImportError, TypeError: as `run`.
     """
     path = Path(checkpoint_folder) / _checkpoint.NAME
@@ -226,6 +229,7 @@ class _Loop:
                     new, metrics = self.steps.advance(state)
                     log.write(metrics, time.perf_counter() - began)
                     history.append(metrics)
+                    self.steps.check_skipped(new, metrics)
                     # Last, so that an interrupted state is never ahead of the log.
                     state = new
                     if s.on_step is not None:

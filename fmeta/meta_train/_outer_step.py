@@ -12,7 +12,7 @@ from torch import Tensor
 from fmeta import _files, trees
 from fmeta.estimators import Estimate, Estimator
 from fmeta.meta_train import _averaging
-from fmeta.meta_train._diverged import diverged_tasks
+from fmeta.meta_train._diverged import describe, diverged_tasks
 from fmeta.meta_train._log import summary_writer
 from fmeta.optimizer import Optimizer, check_optimizer_type
 
@@ -110,7 +110,8 @@ class OuterSteps:
         if math.isfinite(metrics["meta_loss"]) and math.isfinite(metrics["meta_grad_norm"]):
             state = self.descend(state, estimate)
         else:
-            state = self.skip(state, metrics)
+            in_a_row = state.skipped_in_a_row + 1
+            state = state._replace(skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
             metrics["skipped"] = state.skipped_in_a_row
         state = state._replace(step=state.step + 1)
         if state.step % self.settings.validate_every == 0 or state.step == self.settings.num_steps:
@@ -141,17 +142,18 @@ class OuterSteps:
                 state = state._replace(average=average)
         return state
 
-    def skip(self, state: State, metrics: Mapping[str, Any]) -> State:
-        in_a_row, most = state.skipped_in_a_row + 1, self.settings.max_skipped
-        if in_a_row >= most:
+    def check_skipped(self, state: State, metrics: Mapping[str, Any]) -> None:
+        """Raises when with this step too many in a row were skipped; its metrics come first."""
+        most = self.settings.max_skipped
+        if state.skipped_in_a_row >= most:
+            where = describe(metrics)
+            where = f"{where};" if where else f"outer step {metrics['step']}:"
             raise FloatingPointError(
-                f"outer step {state.step}: the meta-loss is {metrics['meta_loss']} and the "
-                f"meta-gradient's norm {metrics['meta_grad_norm']} ({in_a_row} such steps in a "
-                f"row, max_skipped is {most}): inner training diverged; shorten the horizon, lower "
-                "the outer learning rate, or clip "
-                "(fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
+                f"{where} the meta-loss is {metrics['meta_loss']} and the meta-gradient's norm "
+                f"{metrics['meta_grad_norm']} ({state.skipped_in_a_row} such steps in a row, "
+                f"max_skipped is {most}): shorten the horizon, lower the outer learning rate, or "
+                "clip (fmeta.chain(fmeta.clip_by_global_norm(1.0), ...))"
             )
-        return state._replace(skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
 
     def iterate(self, state: State) -> Tree:
         return self.outer.eval_params(self.outer_params, state.meta_params, state.hidden)

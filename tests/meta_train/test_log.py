@@ -68,7 +68,9 @@ def test_a_log_with_missing_lines_is_refused_and_left_as_it_is(tmp_path):
     path = tmp_path / "m.jsonl"
     write(path, range(3))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"m\.jsonl holds the outer steps before 3.* at 5.*move"):
+    with pytest.raises(
+        ValueError, match=r"m\.jsonl holds the outer steps before 3.* at 5.*put .* back"
+    ):
         JsonLines(path, 5)
     assert path.read_bytes() == before
 
@@ -91,12 +93,28 @@ def test_a_log_that_exists_is_not_written_into_by_another_run(noisy, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_run_that_was_not_logged_may_be_from_its_resume_on(noisy, tmp_path):
-    run(noisy(), W, outer=SGD, num_steps=2, checkpoint_folder=tmp_path)
+@pytest.mark.parametrize("lost", ["m.jsonl", "m.timing.jsonl"])
+def test_a_log_that_is_gone_is_refused_as_one_with_missing_lines(noisy, tmp_path, lost):
+    log = {"log": tmp_path / "m.jsonl"}
+    run(noisy(), W, outer=SGD, num_steps=2, checkpoint_folder=tmp_path, **log)
+    (tmp_path / lost).unlink()
+    with pytest.raises(ValueError, match=rf"{lost} holds .* before 0.* at 2.*resume without a log"):
+        resume(tmp_path, noisy(), W, outer=SGD, num_steps=4, **log)
+    assert not (tmp_path / lost).exists()
+    assert resume(tmp_path, noisy(), W, outer=SGD, num_steps=4).step == 4
+
+
+def test_a_run_stopped_before_its_first_line_is_resumed_without_a_log(noisy, tmp_path):
+    def stop(step):
+        raise KeyboardInterrupt
+
     path = tmp_path / "m.jsonl"
-    for steps in (4, 5):
-        resume(tmp_path, noisy(), W, outer=SGD, num_steps=steps, log=path)
-    assert [row["step"] for row in rows(path)] == [2, 3, 4]
+    options = {"outer": SGD, "num_steps": 2, "log": path}
+    with pytest.raises(KeyboardInterrupt):
+        run(noisy(before=stop), W, checkpoint_folder=tmp_path, **options)
+    path.unlink()
+    resume(tmp_path, noisy(), W, **options)
+    assert [row["step"] for row in rows(path)] == [0, 1]
 
 
 def test_a_full_disk_names_the_log_and_the_whole_lines_are_kept(tmp_path, monkeypatch):

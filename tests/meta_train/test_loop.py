@@ -1,6 +1,7 @@
 """The outer loop: what is skipped, averaged and chosen; stopping anywhere changes nothing."""
 
 import contextlib
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -108,7 +109,10 @@ def test_skipped_steps_keep_the_outer_optimizers_state(noisy):
 def test_too_many_skipped_steps_in_a_row_are_an_error(noisy, tmp_path, limit):
     estimator = noisy({k: ALL for k in range(4, 4 + limit)})
     last = 3 + limit
-    words = rf"outer step {last}: the meta-loss is nan .*{limit} such steps in a row.*shorten"
+    words = (
+        rf"outer step {last}: 4 of 4 tasks diverged: task 0 at inner step 5, .*; "
+        rf"the meta-loss is nan .*{limit} such steps in a row.*shorten"
+    )
     options = {"outer": SGD, "num_steps": 9}
     with pytest.raises(FloatingPointError, match=words):
         run(estimator, W, max_skipped=limit, checkpoint_folder=tmp_path, **options)
@@ -116,6 +120,33 @@ def test_too_many_skipped_steps_in_a_row_are_an_error(noisy, tmp_path, limit):
     assert result.history[0]["step"] == last  # the state before it was saved
     assert result.skipped == limit
     assert torch.equal(result.meta_params["w"], run(estimator, W, **options).meta_params["w"])
+
+
+def test_the_step_that_ends_a_run_is_in_its_log(noisy, tmp_path):
+    log, options = tmp_path / "m.jsonl", {"outer": SGD, "num_steps": 5}
+    options |= {"checkpoint_folder": tmp_path / "run", "log": log}
+    estimator = noisy({2: ALL, 3: ALL})
+    with pytest.raises(FloatingPointError):
+        run(estimator, W, max_skipped=2, **options)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["step"], row.get("skipped")) for row in rows] == [
+        (0, None),
+        (1, None),
+        (2, 1),
+        (3, 2),
+    ]
+    assert [task["task"] for task in rows[3]["diverged_tasks"]] == [0, 1, 2, 3]
+    resume(options.pop("checkpoint_folder"), estimator, W, max_skipped=3, **options)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]  # the last one is not there twice
+
+
+def test_a_run_ends_by_itself_where_the_estimator_does_not_say_what_diverged():
+    def estimate(meta_params, state):
+        return fmeta.estimators.Estimate(torch.tensor(math.nan), meta_params, {}), state
+
+    with pytest.raises(FloatingPointError, match=r"^outer step 1: the meta-loss is nan"):
+        run(Estimator(lambda m, s: {}, estimate), W, outer=SGD, num_steps=3, max_skipped=2)
 
 
 def test_skipped_steps_apart_from_each_other_are_no_error(noisy):
