@@ -34,7 +34,8 @@ _STEP = 0.01  # size of the untrained rule's steps, for 200 steps and parameters
 _TOLD = (1, 2, _BASES, _HIDDEN)
 
 # Numbers that act strongly are stored in these units, so that one size of perturbation, and of
-# step, suits all meta-parameters.
+# step, suits all meta-parameters. Not those that act the more the longer a training is (exponent
+# of T, gates of p): short trainings tell little of them, and must not carry them away.
 _UNIT = 5.0
 
 
@@ -69,7 +70,8 @@ def basis_mlp(lr: Any = 1.0, ns_steps: int = 4) -> Optimizer:
 
     Returns:
         An `Optimizer` that needs ``num_steps``. ``opt_params``: ``log_lr`` (2,), ``schedule`` (4,)
-        and ``gates`` (2, 6), all in units of 5, rows for matrices and vectors; ``w0`` (9, 12),
+        and ``gates`` (2, 6), all in units of 5 but for the last of ``schedule`` (the exponent of T)
+        and of ``gates`` (of p), rows for matrices and vectors; ``w0`` (9, 12),
         ``w1`` (12, 6); ``tensor_w0`` (9, 12), ``tensor_b0`` (12,), ``tensor_w1`` (12, 21). Hidden
         at each leaf: ``m``, ``n``, ``v`` ``(*leaf)``; ``scale``, ``growth``, ``signal``, ``count``
         scalars; shared: ``t``, ``num_steps``.
@@ -113,7 +115,7 @@ class _Rule:
         w0[-1] = 0.0  # the bias
         return {
             "log_lr": torch.zeros(2),
-            "schedule": torch.tensor([0.0, 0.0, 0.0, -0.4]) / _UNIT,
+            "schedule": torch.tensor([0.0, 0.0, 0.0, -0.4]),
             "gates": gates / _UNIT,
             "w0": w0,
             "w1": torch.zeros(_HIDDEN, _BASES),
@@ -161,20 +163,24 @@ class _Rule:
         kind = torch.stack([is_matrix, 1 - is_matrix], 1)
         log_rate = kind @ (_UNIT * th["log_lr"]) + 2 * torch.tanh(rate.squeeze(1) / 2)
         size = torch.exp(log_rate) * torch.sqrt(scale / 0.1) * self._schedule(th, t, done, total)
-        gates = gates + kind @ (_UNIT * th["gates"])
+        strong, of_p = th["gates"].split((_BASES - 1, 1), 1)
+        gates = gates + kind @ torch.cat([_UNIT * strong, of_p], 1)
         corrections = bias_corrections(_DECAYS, steps + 1, scale.dtype)
         controls = torch.cat([torch.stack([size, *corrections], 1), ab, gates, bias], 1)
         return controls, tensors, {"t": shared["t"] + 1, "num_steps": shared["num_steps"]}
 
     def _schedule(self, th: Tree, t: Tensor, done: Tensor, total: Tensor) -> Tensor:
         """Step size after ``t`` of ``total`` steps, the part ``done`` of the way."""
-        warm, power, floor, longer = (_UNIT * th["schedule"]).unbind(0)
+        shape, longer = th["schedule"].split((3, 1))
+        warm, power, floor = (_UNIT * shape).unbind(0)
         rise = (t + 1) / (1 + 0.05 * torch.exp(warm.clamp(-3, 2)) * total)
         end = 0.02 * torch.exp(floor.clamp(-3, 2))
         left = 1 - done * (1 - end)
         # Powers with learned exponents, by their logarithms.
         fall = torch.exp(power.clamp(-2, 2)) * torch.log(left)
-        return _STEP * rise.clamp(max=1) * torch.exp(fall + longer * torch.log(total / 200))
+        return (
+            _STEP * rise.clamp(max=1) * torch.exp(fall + longer.squeeze(0) * torch.log(total / 200))
+        )
 
     def update(
         self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], control: Tensor

@@ -43,6 +43,9 @@ def rms(x):
     return x.square().mean().sqrt()
 
 
+SCHEDULE_UNITS, GATE_UNITS = np.array([5.0, 5, 5, 1]), np.array([5.0, 5, 5, 5, 5, 1])
+
+
 # -- the same program in NumPy ---------------------------------------------------------------------
 
 
@@ -72,7 +75,7 @@ def numpy_training(th, p, gradients, total, lr, iterations):
         told = hidden @ th["tensor_w1"]
         rate, a, b, gates, bias = told[0], told[1], told[2], told[3:9], told[9:]
 
-        warm, power, floor, longer = (min(x, 2) for x in 5 * th["schedule"])
+        warm, power, floor, longer = (min(x, 2) for x in SCHEDULE_UNITS * th["schedule"])
         end = 0.02 * math.exp(floor)
         size = 0.01 * lr * math.exp(5 * th["log_lr"][kind] + 2 * math.tanh(rate / 2))
         size *= math.sqrt(scale / 0.1) * (total / 200) ** longer
@@ -90,7 +93,7 @@ def numpy_training(th, p, gradients, total, lr, iterations):
             x = np.clip([row[i] for row in rows], -5, 5)
             first = x[:8] @ th["w0"][:8] + th["w0"][8] + bias
             own = np.maximum(first, 0) @ th["w1"]
-            delta[i] = x[:6] @ (own + gates + 5 * th["gates"][kind])
+            delta[i] = x[:6] @ (own + gates + GATE_UNITS * th["gates"][kind])
         growth = min(max(math.log(max(of(p), 1e-3) / scale), -3), 3)
         signal = of(m1 * root)
         p = p - size * delta / math.sqrt((delta**2).mean() + 1e-12)
@@ -177,7 +180,9 @@ def test_numbers_of_the_schedule_are_in_units_of_5():
     th = trees.cast(basis_mlp().init(), torch.float64)
     th["log_lr"] = torch.tensor([math.log(2.0), math.log(3.0)], dtype=torch.float64) / 5
     warm, power, floor = math.log(4.0), math.log(2.0), math.log(5.0)
-    th["schedule"] = torch.tensor([warm, power, floor, -0.5], dtype=torch.float64) / 5
+    th["schedule"] = torch.tensor(
+        [warm, power, floor, -0.5], dtype=torch.float64
+    ) / torch.from_numpy(SCHEDULE_UNITS)
     params = draw(41)
     found = sizes(basis_mlp(), th, params, 50, 60)
     for k, p in params.items():
@@ -274,7 +279,7 @@ def test_far_longer_trainings_show_the_networks_nothing_new():
     """Half-way, a training of a million steps is that of ten thousand but for the step size."""
     th, rule = trained(), basis_mlp()
     p = torch.randn(3, 4, generator=fold_in(34), dtype=torch.float64)
-    longer = 5 * th["schedule"][3].item()
+    longer = th["schedule"][3].item()
     short, long = at(rule, th, p, 5_000, 10_000), at(rule, th, p, 500_000, 1_000_000)
     torch.testing.assert_close(long, short * 100**longer, **CLOSE)
 
