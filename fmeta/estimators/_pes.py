@@ -122,8 +122,8 @@ def pes(
             truncation: about as many as fit the cache; None: all.
         trace: the inner step is recorded once and replayed, with the same results; False where
             ``family.loss`` or the rule are no pure functions of tensors.
-        compile: what was recorded is compiled: several times as fast, after a quarter of a minute
-            or more for each family (and again in each process); equal to rounding only.
+        compile: what was recorded is compiled: about twice as fast, after 15 to 40 seconds for
+            each family (and again in each process); equal to rounding only.
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
