@@ -1,9 +1,9 @@
 """The main job with several seeds of meta-training, on models that it never met.
 
-The claim: `fmeta train` with its defaults learns a rule that, untuned, ends below its own untrained
-start and below tuned Adam, with a constant rate and with a cosine, on a width it never met; at 5 and
-10 times the longest horizon of meta-training it does not end above Adam by more than a tenth. And what
-becomes of it on other models. The spread is that over seeds of meta-training.
+The claim: `fmeta train` with its defaults learns a rule that, untuned, ends below its untrained
+start and below tuned Adam, with a constant rate and with a cosine, on a width it never met; at 5
+and 10 times the longest horizon of meta-training it does not end above Adam by more than a tenth.
+And what becomes of it on other models. The spread is that over seeds of meta-training.
 
 Each run is `fmeta train --seed S` and lies in FOLDER/seed-S; finished runs are not repeated. Then
 the learned rules of all seeds train the same new models side by side with their untrained start and
