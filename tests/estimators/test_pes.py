@@ -417,7 +417,6 @@ def test_only_the_first_trainings_end_early():
         ({"rule": RULE._replace(needs=frozenset({"loss", "noise"}))}, "needs noise, but"),
         ({"family": mixture([quadratics()] * 5)}, "a mixture of 5 families"),
     ],
-    ids=str,
 )
 def test_wrong_numbers_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
