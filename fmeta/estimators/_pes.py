@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.estimators._advance import by_steps
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -28,7 +29,6 @@ from fmeta.estimators._mixture import over_families
 from fmeta.estimators._trainings import (
     Draws,
     Stepper,
-    by_steps,
     drawn_at,
     idle,
     inner_step_at,

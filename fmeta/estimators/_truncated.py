@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
+from fmeta.estimators._advance import by_unroll
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -30,7 +31,6 @@ from fmeta.estimators._trainings import (
     Plan,
     Stepper,
     Trainings,
-    by_unroll,
     drawn_at,
     idle,
     inner_step_at,

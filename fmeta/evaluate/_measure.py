@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.estimators._trainings import Advance, by_steps
+from fmeta.estimators._advance import Advance, by_steps
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
 
