@@ -23,8 +23,8 @@ Body = Callable[..., tuple[Tree, Tree]]
 _MAX_DEPTH = 24
 
 CURE = (
-    "in `scan` through `consts`, in `unroll` through `loss_args` (what the loss reads) or "
-    "`opt_params`; make a hyper-parameter learnable with `fmeta.learn`"
+    "in `scan` through `consts`, in `unroll` through `loss_args` (what the loss or a function of "
+    "`extras` reads) or `opt_params`; make a hyper-parameter learnable with `fmeta.learn`"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fmeta import _guard, trees
@@ -23,6 +24,7 @@ from fmeta.optimizer import (
 __all__ = ["InnerState", "Run", "inner_step", "unroll"]
 
 Tree = Any
+Extras = Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None
 
 
 class InnerState(NamedTuple):
@@ -77,7 +79,8 @@ def inner_step(
 
     Returns:
         ``step(opt_params, state, batch, *, loss_args=(), extras=None) -> (state, metrics)`` with an
-        `InnerState` and ``metrics = {"loss": loss before the update}``.
+        `InnerState` and ``metrics = {"loss": loss before the update}``; ``extras`` as in `unroll`,
+        of this step.
 
     Raises:
         ValueError: for an unknown ``first_order``; later, for a loss that is not a scalar, or trees
@@ -93,11 +96,12 @@ def inner_step(
         batch: Tree,
         *,
         loss_args: Sequence[Tree] | None = None,
-        extras: Mapping[str, Any] | None = None,
+        extras: Extras = None,
     ) -> tuple[InnerState, dict[str, Tensor]]:
         args = default_args if loss_args is None else checked_args(loss_args, "loss_args")
         if mixed_mode:
             _guard_loss(loss_fn, state.params, batch, state.model_state, args)
+        _check_extras(extras)
         return run(opt_params, state, batch, args, extras)
 
     return step
@@ -106,13 +110,16 @@ def inner_step(
 def _step(
     optimizer: Optimizer, loss_fn: Callable[..., Any], order: str | None, mixed_mode: bool
 ) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
-    gradient = mixed_grad_and_value if mixed_mode else grad_and_value
+    gradient: Callable[..., Any] = mixed_grad_and_value if mixed_mode else grad_and_value
+    if not optimizer.reads_grads:
+        gradient = _no_gradient
 
     def step(
         opt_params: Tree, state: InnerState, batch: Tree, args: Any, extras: Any
     ) -> tuple[InnerState, dict[str, Tensor]]:
         params, hidden, model_state = state
-        if _absent(model_state):
+        stateless = _absent(model_state)
+        if stateless:
             grads, (loss, new_state) = gradient(
                 lambda p, b, a: (loss_fn(p, b, *a), model_state), params, batch, args
             )
@@ -125,6 +132,12 @@ def _step(
             grads = _detached(grads)
         if order == "inputs":
             read_params, read_loss = _detached(params), loss.detach()
+        if callable(extras):
+            states = () if stateless else (model_state,)
+            extras = extras(read_params, batch, *states, *args)
+            _check_found(extras, optimizer.needs)
+            if order == "inputs":
+                extras = _detached(extras)
         delta, hidden = optimizer.update(
             opt_params, read_params, grads, hidden, loss=read_loss, extras=extras
         )
@@ -144,7 +157,7 @@ def unroll(
     hidden: Tree = None,
     num_steps: int | Tensor | None = None,
     model_state: Tree = None,
-    extras: Mapping[str, Any] | None = None,
+    extras: Extras = None,
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
@@ -169,11 +182,16 @@ def unroll(
         hidden: the optimizer's state to go on from; by default ``optimizer.init_hidden``.
         num_steps: horizon for ``init_hidden``, int or scalar tensor; default T.
         model_state: the model's state to start from, any tree of tensors.
-        extras: further inputs of the rule by name, each with leading dimension T.
+        extras: further inputs of the rule by name: a dict of trees with leading dimension T; or,
+            for what depends on the parameters (activations), a function that gives a step's dict:
+            ``extras(params, batch, *loss_args)``, or with ``model_state`` ``extras(params, batch,
+            model_state, *loss_args)``. It is called before the update, at the parameters, state and
+            batch that the loss is taken at.
         first_order: ``False``: exact. ``"gradients"`` (or True): the gradients that enter the rule
-            are constants (first-order MAML; 1606.04474). ``"inputs"``: gradients, parameters and
-            loss are constants where the rule reads them. The path through ``params + delta`` and
-            through ``hidden`` is never cut, and values are equal in all three.
+            are constants (first-order MAML; 1606.04474); what a function of ``extras`` gives is
+            not, for it is no gradient. ``"inputs"``: gradients, parameters, loss and what such a
+            function gives are constants where the rule reads them. The path through ``params +
+            delta`` and through ``hidden`` is never cut, and values are equal in all three.
         checkpoint: ``None``, ``"sqrt"`` or a number of snapshots, see `fmeta.scan`.
         mixed_mode: Hessian-vector products forward over reverse (2505.00793): same values, less
             memory a step, more time on small models. With ``first_order`` there is no such
@@ -189,7 +207,8 @@ def unroll(
             that the rule needs and did not get, unknown options, closed-over traced tensors under
             ``checkpoint`` or ``mixed_mode``.
         TypeError: a parameter that is not a floating tensor (with its path), a builder in place of
-            an optimizer, ``loss_args`` that are no tuple, ``extras`` that are no dict.
+            an optimizer, ``loss_args`` that are no tuple, ``extras`` that are neither a dict nor
+            a function that gives one.
 
     Example:
         >>> import torch, fmeta
@@ -203,11 +222,7 @@ def unroll(
     """
     check_optimizer_type(optimizer, "optimizer")
     check_params(model_params, allow_none=False)
-    if extras is not None and not isinstance(extras, Mapping):
-        raise TypeError(
-            f"extras must be a dict by the names of what the rule needs, got "
-            f"a {type(extras).__name__}"
-        )
+    _check_extras(extras)
     if mixed_mode and _order(first_order) is not None:
         raise ValueError(
             f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
@@ -215,11 +230,14 @@ def unroll(
         )
     if eval_loss_fn is not None and eval_batches is None:
         raise ValueError("eval_loss_fn is given without eval_batches: give both")
-    xs = {"batches": batches, "extras": extras, "eval_batches": eval_batches}
+    computed = extras if callable(extras) else None
+    given = None if callable(extras) else extras
+    xs = {"batches": batches, "extras": given, "eval_batches": eval_batches}
     if not any(isinstance(x, Tensor) for x in trees.leaves(batches)):
         raise ValueError("batches holds no tensor: for data-free losses give torch.zeros(T)")
     total = loop_length(xs)
-    check_needs(optimizer.needs - {"loss"}, None, extras)
+    if computed is None:
+        check_needs(optimizer.needs - {"loss"}, None, given)
     check_num_steps(frozenset(), num_steps)
     if hidden is None:
         hidden = optimizer.init_hidden(
@@ -231,7 +249,7 @@ def unroll(
     args = checked_args(loss_args, "loss_args")
 
     def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
-        state, metrics = step(opt_params, state, x["batches"], args, x["extras"])
+        state, metrics = step(opt_params, state, x["batches"], args, computed or x["extras"])
         if eval_batches is None:
             return state, (metrics["loss"],)
         shown = optimizer.eval_params(opt_params, state.params, state.hidden)
@@ -269,6 +287,39 @@ def _pair(result: Any) -> tuple[Tensor, Any]:
             f"a {type(result).__name__}"
         )
     return result
+
+
+def _no_gradient(
+    fn: Callable[..., tuple[Tensor, Any]], params: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Any]]:
+    """As `grad_and_value`, with zeros in the place of gradients that the rule does not read."""
+    loss, aux = fn(params, *args)
+    check_scalar(loss)
+    return trees.map(torch.zeros_like, params), (loss, aux)
+
+
+def _check_extras(extras: Any) -> None:
+    """Raises a TypeError unless these are a dict, a function that is to give one, or None."""
+    if extras is None or isinstance(extras, Mapping) or callable(extras):
+        return
+    raise TypeError(
+        "extras must be a dict by the names of what the rule needs, got "
+        f"a {type(extras).__name__}; or a function (params, batch, *loss_args) that gives one"
+    )
+
+
+def _check_found(extras: Any, needs: frozenset[str]) -> None:
+    if not isinstance(extras, Mapping):
+        raise TypeError(
+            "the function of extras must give a dict by the names of what the rule needs, got "
+            f"a {type(extras).__name__}"
+        )
+    missing = sorted(needs - {"loss", "num_steps"} - set(extras))
+    if missing:
+        raise ValueError(
+            f"this optimizer needs {', '.join(missing)}, but the function of extras gives "
+            f"{', '.join(map(str, extras)) or 'nothing'}: let it return {{{missing[0]!r}: ...}} too"
+        )
 
 
 def _detached(tree: Tree) -> Tree:

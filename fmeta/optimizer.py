@@ -45,6 +45,8 @@ class Optimizer(NamedTuple):
             name but these two is looked up in ``extras``.
         eval_params: ``eval_params(opt_params, model_params, hidden) -> model_params``, the
             parameters to evaluate with (averaging and schedule-free rules differ).
+        reads_grads: False for a rule whose update does not depend on the values of the gradients
+            (only on which are None): inner training gives it zeros and saves the backward pass.
     """
 
     init: Callable[..., Tree]
@@ -52,6 +54,7 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[Tree, Tree]]
     needs: frozenset[str] = frozenset()
     eval_params: Callable[[Tree, Tree, Tree], Tree] = _same_params
+    reads_grads: bool = True
 
     def step(
         self,
@@ -239,7 +242,8 @@ def check_needs(
     if missing:
         raise ValueError(
             f"this optimizer needs {', '.join(missing)}: pass extras={{{missing[0]!r}: ...}} to "
-            "step, update or unroll (there with a leading dimension T)"
+            "step, update or unroll (there with a leading dimension T, or as a function of the "
+            "parameters: extras(params, batch, *loss_args) -> dict)"
         )
 
 

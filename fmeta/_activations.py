@@ -1,0 +1,134 @@
+"""What goes into the layers of a module and what comes out, as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["activations"]
+
+Tensors = dict[str, Tensor]
+
+_PREFIX = "module."
+
+
+def activations(
+    module: nn.Module,
+    names: Collection[str] | None = None,
+    *,
+    types: tuple[type[nn.Module], ...] = (nn.Linear,),
+    batch_norm: str | None = None,
+) -> Callable[..., dict[str, tuple[Any, Any]]]:
+    r"""Inputs and outputs of some submodules, as a pure function of the parameters.
+
+    The function takes what ``apply`` of `fmeta.functionalize` takes, with the same ``params`` and
+    ``buffers``, and composes with ``grad``, ``jvp``, ``vmap`` and ``make_fx`` as it does. The
+    module is left alone: hooks are on a copy, and only while it runs.
+
+    Args:
+        module: any initialised ``nn.Module``.
+        names: which submodules, as ``module.named_modules()`` names them; ``""`` is the module
+            itself. None: all of ``types``.
+        types: which classes of submodules, where no names are given.
+        batch_norm: as for `fmeta.functionalize`.
+
+    Returns:
+        ``record(params, buffers, *args, **kwargs) -> {name: (input, output)}``, in the order in
+        which the submodules finished. ``input`` is the first argument by position. It raises
+        ValueError for a submodule that the forward did not call, or called more than once, and
+        for what ``apply`` refuses.
+
+    Raises:
+        TypeError: ``module`` is not an ``nn.Module``, ``names`` is a string, or what
+            `fmeta.functionalize` raises.
+        ValueError: a name that no submodule has, or nothing to record; or what
+            `fmeta.functionalize` raises.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> record = activations(net)
+        >>> seen = record(dict(net.named_parameters()), {}, torch.ones(5, 3))
+        >>> {name: (tuple(x.shape), tuple(y.shape)) for name, (x, y) in seen.items()}
+        {'0': ((5, 3), (5, 2)), '2': ((5, 2), (5, 1))}
+    """
+    from fmeta.functional import functionalize  # which gives this function its public place
+
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"activations wants a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(names, str):
+        raise TypeError(f"names must be several, got a string: give [{names!r}]")
+    found = dict(module.named_modules())
+    if names is None:
+        names = [name for name, m in found.items() if isinstance(m, types)]
+    for name in names:
+        if name not in found:
+            raise ValueError(
+                f"{type(module).__name__} has no submodule {name!r}: there are "
+                f"{', '.join(map(repr, found))}"
+            )
+    if not names:
+        raise ValueError(
+            f"{type(module).__name__} has no submodule of the types "
+            f"{', '.join(t.__name__ for t in types)}: give other types, or names"
+        )
+    apply = functionalize(_Recorder(module, tuple(names)), batch_norm=batch_norm)[0]
+
+    def record(
+        params: Tensors, buffers: Tensors, /, *args: Any, **kwargs: Any
+    ) -> dict[str, tuple[Any, Any]]:
+        seen: dict[str, tuple[Any, Any]] = apply(_below(params), _below(buffers), *args, **kwargs)
+        return seen
+
+    return record
+
+
+def _below(tensors: Any) -> Any:
+    if not isinstance(tensors, dict):
+        return tensors  # what is wrong with it, `apply` says
+    return {_PREFIX + name: x for name, x in tensors.items()}
+
+
+class _Recorder(nn.Module):
+    """A module that returns what went through its submodules in place of its output."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Any, Any]]:
+        seen: dict[str, tuple[Any, Any]] = {}
+
+        def recorder(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                if name in seen:
+                    raise ValueError(
+                        f"the submodule {name!r} was called more than once: its activations have "
+                        "no one value; name submodules that are called once"
+                    )
+                if not inputs:
+                    raise ValueError(
+                        f"the submodule {name!r} was called by keywords only: pass its input by "
+                        "position, or name other submodules"
+                    )
+                seen[name] = (inputs[0], output)
+
+            return hook
+
+        handles = []
+        try:
+            for name in self.names:
+                hook = recorder(name)
+                handles.append(self.module.get_submodule(name).register_forward_hook(hook))
+            self.module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.names if name not in seen]
+        if missing:
+            raise ValueError(
+                f"the forward did not call {', '.join(map(repr, missing))}: leave such names out"
+            )
+        return seen
