@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
+from fmeta._leafwise import leafwise
 from fmeta._leaves import RULE_ERRORS, Leaves, check_first_state, check_state, settled
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.functional import functionalize, moved
@@ -140,6 +141,7 @@ def lift_coordinates(
             )
         return Hidden(trees.unflatten(spec, states), {})
 
+    @leafwise
     def run(
         opt_params: Tree,
         model_params: Tree,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import leafwise
 from fmeta._leaves import RULE_ERRORS, Leaves, per_leaf, start_leaves
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 
@@ -63,6 +64,7 @@ def lift(
             start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params), {}
         )
 
+    @leafwise
     def update(
         opt_params: Tree,
         model_params: Tree,
