@@ -328,10 +328,31 @@ def test_help_exits_with_0(options, capsys):
     assert "fmeta" in capsys.readouterr().out
 
 
-def test_all_optimizers_are_listed(capsys):
+@pytest.mark.parametrize("width", [80, 160])
+def test_all_optimizers_are_listed(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
     assert main(["optimizers"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in optimizers.BUILDERS)
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│ ")}
+    assert "347" in rows["normalized_mlp"]  # weights
+    assert " 16 " in rows["normalized_mlp"]  # bytes: four numbers a coordinate
+    assert "1412.6980" in out  # the paper
+    assert "num_steps" in rows["basis_mlp"]
+    assert ("Gradient descent" in out) == (width == 160)
+
+
+def test_all_about_one_optimizer(capsys):
+    assert main(["optimizers", "adam", "per_parameter_sgd"]) == 0
+    out = capsys.readouterr().out
+    assert "adam(lr=0.001, betas=(0.9, 0.999)" in out
+    assert "8 bytes of hidden state" in out
+    assert "learns 1 a parameter" in out
+
+
+def test_an_optimizer_that_is_not_there(capsys):
+    assert main(["optimizers", "adm"]) == 1
+    assert "did you mean adam" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("estimator", ["truncated", "full"])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fmeta.cli._evaluate import EvaluateConfig, run_evaluate
-from fmeta.cli._optimizers import list_optimizers
+from fmeta.cli._optimizers import OptimizersConfig, run_optimizers
 from fmeta.cli._plot import PlotConfig, run_plot
 from fmeta.cli._train import train_command
 
@@ -32,6 +32,10 @@ _EXAMPLES = {
     "plot": (
         "fmeta plot runs/digits                     curves.png and meta_training.png of a run",
         "fmeta plot runs/a runs/b --out figures     two runs side by side",
+    ),
+    "optimizers": (
+        "fmeta optimizers                           all rules, a line each",
+        "fmeta optimizers adafactor_mlp             all about one",
     ),
 }
 
@@ -57,9 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         """Redraws the figures of runs, or draws several side by side."""
         return run_plot(config)
 
-    def optimizers() -> int:
-        """Lists all optimizers by name, with their arguments, and which of them are learned."""
-        return list_optimizers()
+    def optimizers(config: OptimizersConfig) -> int:
+        """Lists all optimizers: paper, number of learned numbers, bytes of state, needs."""
+        return run_optimizers(config)
 
     commands: dict[str, Callable[..., Any]] = {
         "train": train_command(given),
