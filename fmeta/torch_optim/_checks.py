@@ -1,0 +1,163 @@
+"""What can be wrong with the use of an adapter, said early, with the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta.torch_optim._rule import Rule
+
+__all__ = [
+    "as_loss",
+    "check_closure",
+    "check_given",
+    "check_group",
+    "check_horizon",
+    "check_options",
+    "not_finite",
+    "one_device",
+    "sparse",
+]
+
+
+def check_options(nonfinite: str, fused: Any, differentiable: Any) -> None:
+    """Options of the whole optimizer."""
+    if nonfinite not in ("allow", "skip", "raise"):
+        raise ValueError(f"nonfinite must be 'allow', 'skip' or 'raise', got {nonfinite!r}")
+    if fused:
+        raise ValueError("there is no fused=True here: for one kernel a step use compile=True")
+    if differentiable:
+        raise ValueError(
+            "differentiable=True is refused, since parameters are changed in place: differentiate "
+            "through a training with fmeta.unroll"
+        )
+
+
+def check_horizon(rule: Rule, num_steps: Any) -> None:
+    """Raises unless ``num_steps`` is a positive integer, or not needed."""
+    whole = isinstance(num_steps, int) and not isinstance(num_steps, bool)
+    if num_steps is not None and (not whole or num_steps < 1):
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
+    if num_steps is None and "num_steps" in rule.optimizer.needs:
+        raise ValueError(
+            f"the rule {rule.name} needs num_steps, the number of steps of the whole training: "
+            "LearnedOptimizer(..., num_steps=...)"
+        )
+
+
+def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """A parameter group, beside those before it."""
+    names = group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
+    if not group["params"]:
+        raise ValueError("a parameter group has no parameters: leave it out")
+    for key in ("lr", "weight_decay"):
+        x = group[key]
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"{key} must be a number or a tensor of 1 element")
+        elif isinstance(x, bool) or not isinstance(x, (int, float)) or not x >= 0:
+            raise ValueError(f"Invalid {key}: it must be a number from 0 on, got {x!r}")
+    for key in ("fused", "differentiable"):
+        if group[key]:
+            check_options("allow", *(group[k] for k in ("fused", "differentiable")))
+    if group["num_steps"] != groups[0]["num_steps"]:
+        raise ValueError("num_steps is one for the whole training, not an option of a group")
+    for name, p in zip(names, group["params"], strict=True):
+        if p.is_complex():
+            raise TypeError(
+                f"parameter {name} is complex ({p.dtype}): give the rule real numbers, with "
+                "torch.view_as_real"
+            )
+        if not p.is_floating_point() and p.requires_grad:
+            raise TypeError(f"parameter {name} is {p.dtype}, not a floating tensor")
+    every = [n for g in groups for n in g.get("param_names", ())]
+    if len(set(every)) < len(every):
+        twice = next(n for n in every if every.count(n) > 1)
+        raise ValueError(f"two parameters have the name {twice}: names must differ")
+
+
+def check_closure(closure: Any) -> None:
+    """Raises a TypeError for what can be no closure, such as the loss itself."""
+    if not callable(closure):
+        raise TypeError(
+            f"step takes a closure, got a {type(closure).__name__}: give the loss by name, "
+            "step(loss=loss)"
+        )
+
+
+def as_loss(loss: Any, device: torch.device) -> Tensor | None:
+    """The loss as a scalar tensor without history, on the device of the parameters."""
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor):
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            raise TypeError(f"the loss must be a number or a scalar tensor, got {loss!r}")
+        return torch.tensor(float(loss), device=device)
+    if loss.numel() != 1:
+        raise ValueError(f"the loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
+    return loss.detach().reshape(()).to(device)
+
+
+def check_given(
+    needs: frozenset[str],
+    loss: Tensor | None,
+    extras: Mapping[str, Any] | None,
+    groups: Sequence[dict[str, Any]],
+) -> bool:
+    """Raises a ValueError that names what a step lacks.
+
+    Returns:
+        Whether this is the step with learning rate 0 by which torch.distributed.checkpoint makes
+        an optimizer create its state: it knows of no loss, so there is only the state to create.
+    """
+    missing = sorted(needs - {"loss", "num_steps"} - set(extras or ()))
+    if "loss" not in needs or loss is not None:
+        if not missing:
+            return False
+    elif all(not isinstance(g["lr"], Tensor) and g["lr"] == 0 for g in groups):
+        return True
+    if "loss" in needs and loss is None:
+        raise ValueError(
+            "this rule needs the loss: call opt.step(loss=loss), or opt.step(closure) with a "
+            "closure that returns it"
+        )
+    raise ValueError(
+        f"this rule needs {', '.join(missing)}: call opt.step(extras={{{missing[0]!r}: ...}})"
+    )
+
+
+def one_device(
+    flat: Sequence[Tensor], active: Sequence[int], label: Callable[[int], str]
+) -> torch.device:
+    """The device of all parameters that take part in a step."""
+    device = flat[active[0]].device
+    for i in active:
+        if flat[i].device != device:
+            raise ValueError(
+                f"{label(active[0])} is on {device}, {label(i)} on {flat[i].device}: a rule sees "
+                "all parameters together, so give each device an optimizer of its own"
+            )
+    return device
+
+
+def sparse(label: str, grad: Tensor) -> Exception:
+    """The error for a gradient that is not dense."""
+    return ValueError(
+        f"the gradient of {label} is sparse ({grad.layout}): use dense gradients, "
+        "nn.Embedding(..., sparse=False)"
+    )
+
+
+def not_finite(grads: Sequence[tuple[str, Any]], loss: Tensor | None) -> Exception:
+    """The error for gradients that are not finite."""
+    bad = [label for label, g in grads if not bool(g.isfinite().all())]
+    if loss is not None and not bool(loss.isfinite()):
+        bad.append("the loss")
+    listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    return FloatingPointError(
+        f"infinite or NaN: gradient of {listed}; parameters and state are as they were. With "
+        "nonfinite='skip' such steps are left out and counted"
+    )
