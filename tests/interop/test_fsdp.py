@@ -1,0 +1,87 @@
+"""FSDP2 on two processes, and checkpoints that one process writes and two read, and the reverse."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    # torch.distributed.checkpoint says that there is one process, which is meant.
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninit"),
+]
+
+RULES = ["adam", "normalized_mlp", "basis_mlp", "lstm", "muon", "clipped"]
+WAYS = ["straight", "from one process", "from one file"]
+
+
+@pytest.fixture(scope="module")
+def folder(parallel, tmp_path_factory):
+    """Holds checkpoints that one process wrote half-way, before two processes start."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    for rule in RULES:
+        model = parallel.net()
+        opt = parallel.optimizer(model.parameters(), rule)
+        parallel.train(model, opt, 0, parallel.STEPS // 2)
+        parallel.save(model, opt, folder / "one" / rule)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(in_processes, folder):
+    return in_processes("fsdp", folder)
+
+
+def alone(parallel, rule):
+    model = parallel.net()
+    parallel.train(model, parallel.optimizer(model.parameters(), rule))
+    return parallel.weights(model)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_processes_train_as_one_does(rule, parallel, found):
+    want = alone(parallel, rule)
+    for result in found:
+        for way in WAYS:
+            assert_close(
+                result[rule][way], want, rtol=1e-10, atol=1e-10, msg=lambda m: f"{way}\n{m}"
+            )
+
+
+def test_hidden_state_is_sharded_as_its_parameter(found):
+    # block.qkv.weight (12, 4), block.up.weight (7, 4), head.weight (1, 4): rows on each process
+    for rank, rows in enumerate(([6, 4, 1], [6, 3, 0])):
+        for rule, names in {"adam": ["m", "v"], "basis_mlp": ["m", "n", "v"]}.items():
+            kept = found[rank][rule]["kept"]
+            for index, n in zip(("2", "4", "8"), rows, strict=True):
+                assert kept[index] == {name: [n, 4] for name in names}
+        assert found[rank]["lstm"]["kept"]["4"] == {
+            "h": [rows[1], 4, 1, 3],
+            "c": [rows[1], 4, 1, 3],
+        }
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_process_goes_on_where_two_stopped(rule, parallel, found, folder):
+    want = alone(parallel, rule)
+    for way in ("sharded", "one file"):
+        model = parallel.net()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(-1)
+        opt = parallel.optimizer(model.parameters(), rule)
+        if way == "sharded":
+            parallel.load(model, opt, folder / "two" / rule)
+        else:
+            weights, state = torch.load(folder / f"whole-{rule}.pt", weights_only=True)
+            parallel.set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
+        parallel.train(model, opt, parallel.STEPS // 2)
+        assert_close(parallel.weights(model), want, rtol=1e-10, atol=1e-10)
+
+
+def test_clipping_by_torch_sees_the_norm_of_the_whole_gradient(parallel, in_processes, tmp_path):
+    model = parallel.net()
+    norms = parallel.train(model, parallel.optimizer(model.parameters(), "adam"), clip=0.1)
+    assert all(norm > 0.1 for norm in norms)
+    for weights, found in in_processes("clipped_fsdp", tmp_path):
+        assert_close(weights, parallel.weights(model), rtol=1e-10, atol=1e-10)
+        assert_close(found, norms, rtol=1e-10, atol=1e-10)
