@@ -1,13 +1,14 @@
-"""What goes into the layers of a module and what comes out, as a pure function."""
+"""What goes into layers and what comes out: of a module, and laid beside its parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["activations"]
+__all__ = ["activations", "layer_activity"]
 
 Tensors = dict[str, Tensor]
 
@@ -83,6 +84,55 @@ def activations(
         return seen
 
     return record
+
+
+def layer_activity(
+    inputs: Tensor,
+    outputs: Tensor,
+    weight: str,
+    bias: str | None = None,
+    *,
+    out_first: bool = True,
+    error: Tensor | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """The activity of a dense layer, laid beside its parameters as rules read it.
+
+    A rule that needs ``"activations"`` gets a list of layers, from the inputs of the model to its
+    outputs. A layer is a dict by the paths of its parameters, as `fmeta.trees.paths` writes them;
+    each parameter of shape ``(*leaf)`` has ``"inputs"`` and ``"outputs"``, of shapes that broadcast
+    to ``(batch, *leaf)``: the activity before and after each of its numbers.
+
+    Args:
+        inputs: of the layer, ``(..., in)``; all leading dimensions are the batch.
+        outputs: ``inputs @ weight + bias``, ``(..., out)``, before any nonlinearity.
+        weight: path of the weight.
+        bias: path of the bias ``(out,)``; None: there is none.
+        out_first: whether the weight is ``(out, in)``, as that of ``nn.Linear``, or ``(in, out)``.
+        error: what was wanted of the outputs minus what they were, ``(..., out)``, for a layer that
+            is told so.
+
+    Returns:
+        The layer: ``{path: {"inputs": ..., "outputs": ..., ["error": ...]}}``.
+
+    Example:
+        >>> layer = layer_activity(torch.ones(8, 3), torch.ones(8, 2), "0.weight", "0.bias")
+        >>> [tuple(x.shape) for x in layer["0.weight"].values()]
+        [(8, 1, 3), (8, 2, 1)]
+        >>> [tuple(x.shape) for x in layer["0.bias"].values()]
+        [(8, 1), (8, 2)]
+    """
+    x, z = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+    before, after = (1, 2) if out_first else (2, 1)
+    told = {} if error is None else {"error": error.reshape(z.shape)}
+    layer = {
+        weight: {
+            "inputs": x.unsqueeze(before),
+            **{k: v.unsqueeze(after) for k, v in {"outputs": z, **told}.items()},
+        }
+    }
+    if bias is not None:
+        layer[bias] = {"inputs": torch.ones_like(z.narrow(1, 0, 1)), "outputs": z, **told}
+    return layer
 
 
 def _below(tensors: Any) -> Any:

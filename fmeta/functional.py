@@ -20,10 +20,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from fmeta._activations import activations
+from fmeta._activations import activations, layer_activity
 from fmeta._rnn import make_pure
 
-__all__ = ["activations", "functionalize", "loss_of", "moved"]
+__all__ = ["activations", "functionalize", "layer_activity", "loss_of", "moved"]
 
 Tensors = dict[str, Tensor]
 

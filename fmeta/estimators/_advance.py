@@ -12,7 +12,7 @@ from fmeta import trees
 from fmeta._trace import Traced
 from fmeta._unroll import InnerState, inner_step, unroll
 from fmeta.optimizer import Optimizer
-from fmeta.tasks import TaskFamily, loss_of_task
+from fmeta.tasks import TaskFamily, extras_of_task, loss_of_task
 
 __all__ = ["Advance", "by_steps", "by_unroll"]
 
@@ -37,12 +37,15 @@ def by_steps(
     in the cache.
     """
     loss_fn = loss_of_task(family)
+    extras = extras_of_task(family, optimizer)
     inner = inner_step(optimizer, loss_fn)
 
     def one(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batch: Tree, shown: Tree
     ) -> tuple[Tree, Tree, Tensor, Any]:
-        state, metrics = inner(opt_params, InnerState(params, hidden), batch, loss_args=(config,))
+        state, metrics = inner(
+            opt_params, InnerState(params, hidden), batch, loss_args=(config,), extras=extras
+        )
         if not evaluate:
             return state.params, state.hidden, metrics["loss"], ()
         seen = optimizer.eval_params(opt_params, state.params, state.hidden)
@@ -101,6 +104,7 @@ def by_unroll(
 ) -> Advance:
     """`fmeta.unroll` with these options, which can be differentiated."""
     loss_fn = loss_of_task(family)
+    extras = extras_of_task(family, optimizer)
 
     def one(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree
@@ -113,6 +117,7 @@ def by_unroll(
             batches,
             loss_args=(config,),
             hidden=hidden,
+            extras=extras,
             eval_batches=shown if evaluate else None,
             **options,
         )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.optimizer import Optimizer, check_optimizer_type
 
 __all__ = [
     "Bind",
@@ -19,7 +18,6 @@ __all__ = [
     "bound_pair",
     "check_horizon",
     "check_meta_params",
-    "check_rule",
     "check_sizes",
     "last_loss",
     "scored",
@@ -112,17 +110,6 @@ def scored(
             f"meta_loss must return a value for each step, of shape {tuple(losses.shape)} (steps, "
             f"tasks, copies) or one that broadcasts to it, got {got}: do not take the mean in it"
         ) from None
-
-
-def check_rule(optimizer: Optimizer) -> None:
-    """Raises unless this is an optimizer that needs nothing beside what inner training has."""
-    check_optimizer_type(optimizer, "optimizer")
-    others = sorted(optimizer.needs - {"loss", "num_steps"})
-    if others:
-        raise ValueError(
-            f"this optimizer needs {', '.join(others)}, but an estimator gives loss and num_steps "
-            "only: differentiate fmeta.unroll(..., extras=...) instead"
-        )
 
 
 def check_meta_params(meta_params: Any) -> None:

@@ -18,14 +18,14 @@ from fmeta.estimators._contract import (
     bind_opt_params,
     bound_pair,
     check_meta_params,
-    check_rule,
     check_sizes,
 )
 from fmeta.estimators._mixture import over_families
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.tasks import (
     Mixture,
     TaskFamily,
+    extras_of_task,
     loss_of_task,
     sample_batches,
     sample_task,
@@ -89,15 +89,16 @@ def full(
 
     Raises:
         ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
-            more than loss and horizon; fewer tasks than families.
+            what the family's ``extras`` do not give; fewer tasks than families.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
     """
-    check_rule(optimizer)
+    check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
     bind, score = bind or bind_opt_params, meta_loss or _mean_loss
 
     def build(family: TaskFamily, num_tasks: int) -> Estimator:
         loss_fn = loss_of_task(family)
+        extras = extras_of_task(family, optimizer)
 
         def one(
             meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
@@ -110,6 +111,7 @@ def full(
                 params if start is None else start,
                 batches,
                 loss_args=(config,),
+                extras=extras,
                 first_order=first_order,
                 checkpoint=checkpoint,
                 mixed_mode=mixed_mode,

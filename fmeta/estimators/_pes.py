@@ -20,7 +20,6 @@ from fmeta.estimators._contract import (
     bind_opt_params,
     check_horizon,
     check_meta_params,
-    check_rule,
     check_sizes,
     last_loss,
     scored,
@@ -35,7 +34,7 @@ from fmeta.estimators._trainings import (
     trainings_of,
     without_diverged,
 )
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
@@ -132,8 +131,8 @@ def pes(
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks,
-            an optimizer that needs more than loss and horizon; later, a ``meta_loss`` of another
-            shape.
+            an optimizer that needs what the family's ``extras`` do not give; later, a ``meta_loss``
+            of another shape.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Reference:
@@ -141,7 +140,7 @@ def pes(
         evolution strategies" (2112.13835), algorithm 2; resets within a truncation as in
         google/learned_optimization.
     """
-    check_rule(optimizer)
+    check_optimizer_type(optimizer, "optimizer")
     particles = num_tasks if num_particles is None else num_particles
     check_sizes(
         num_tasks=num_tasks,

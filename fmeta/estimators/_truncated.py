@@ -20,7 +20,6 @@ from fmeta.estimators._contract import (
     bind_opt_params,
     check_horizon,
     check_meta_params,
-    check_rule,
     check_sizes,
     last_loss,
     scored,
@@ -37,7 +36,7 @@ from fmeta.estimators._trainings import (
     trainings_of,
     without_diverged,
 )
-from fmeta.optimizer import Optimizer
+from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
 
@@ -118,16 +117,16 @@ def truncated(
         anew in the next estimate.
 
     Raises:
-        ValueError: numbers below 1, an optimizer that needs more than loss and horizon, fewer
-            tasks than families; later, a ``meta_loss`` of another shape, and options that
-            `fmeta.unroll` refuses.
+        ValueError: numbers below 1, an optimizer that needs what the family's ``extras`` do not
+            give, fewer tasks than families; later, a ``meta_loss`` of another shape, and options
+            that `fmeta.unroll` refuses.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Reference:
         Wu et al., "Understanding short-horizon bias in stochastic meta-optimization" (1803.02021),
         on the bias.
     """
-    check_rule(optimizer)
+    check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
     check_horizon(horizon)
 

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fmeta._unroll import unroll
 from fmeta.optimizer import Optimizer
-from fmeta.tasks import Task, TaskFamily, loss_of_task, sample_batches, sample_task, stack_tasks
+from fmeta.tasks import (
+    Task,
+    TaskFamily,
+    extras_of_task,
+    loss_of_task,
+    sample_batches,
+    sample_task,
+    stack_tasks,
+)
 from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["Curves", "compare"]
@@ -51,6 +59,7 @@ def compare(
     Returns:
         `Curves` by name.
     """
+    extras = {name: extras_of_task(family, pair[0]) for name, pair in contenders.items()}
     device = device_of_tasks(family, [opt_params for _, opt_params in contenders.values()])
     tasks, shown = _draw(family, num_steps, num_seeds, seed, split, held_out, device)
     loss_fn = loss_of_task(family)
@@ -65,6 +74,7 @@ def compare(
                 params,
                 batches,
                 loss_args=(config,),
+                extras=extras[name],  # noqa: B023
                 eval_batches=eval_batches,
             )
             return run.losses, run.eval_losses

@@ -16,7 +16,7 @@ from fmeta.evaluate._measure import Measured, draw, groups, log_spaced, measure
 from fmeta.evaluate._statistics import final_loss, steps_to_reach
 from fmeta.evaluate._tune import Search, search_rates
 from fmeta.optimizer import Optimizer, check_optimizer_type
-from fmeta.tasks import TaskFamily
+from fmeta.tasks import TaskFamily, extras_of_task
 from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["run"]
@@ -85,7 +85,7 @@ def run(
 
     Raises:
         ValueError: fewer than two seeds, no step, unknown baselines, names that occur twice, rates
-            of no baseline.
+            of no baseline, an optimizer that needs what the family's ``extras`` do not give.
         TypeError: a contender that is no pair, or not of an optimizer.
 
     Example:
@@ -102,6 +102,9 @@ def run(
     chosen = baselines if isinstance(baselines, Mapping) else get_baselines(baselines)
     known = dict(rates or {})
     _check(contenders, chosen, known, num_steps, num_seeds, chunk_size)
+    ready = [pair[0] for pair in contenders.values()]
+    for optimizer in ready + [b.build(b.rates[0]) for b in chosen.values() if b.rates]:
+        extras_of_task(family, optimizer)  # raises where it gets not what it needs: before tuning
     at = log_spaced(num_steps, held_out_points)
     device = device_of_tasks(family, [pair[1] for pair in contenders.values()])
     drawn = [

@@ -5,6 +5,7 @@ from fmeta.tasks._digits import digits
 from fmeta.tasks._family import (
     Task,
     TaskFamily,
+    extras_of_task,
     loss_of_task,
     sample_batches,
     sample_task,
@@ -25,6 +26,7 @@ __all__ = [
     "TaskFamily",
     "augmented",
     "digits",
+    "extras_of_task",
     "loss_of_task",
     "mixture",
     "quadratic",

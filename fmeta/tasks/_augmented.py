@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def augmented(
         A `TaskFamily`. Its ``config`` is a dict with the family's own as ``"inner"`` and, of those
         asked for, ``"scales"`` (a scalar for each parameter tensor), ``"labels"`` (classes,) and
         ``"loss_scale"`` (). Its batches are dicts with the family's own as ``"inner"``; for noise
-        they have (and so does ``data``) also ``"noise"``: places in a bank of it. Metrics are the
-        family's own, at its own parameters and with the permuted labels.
+        they have (and so does ``data``) also ``"noise"``: places in a bank of it. Metrics and
+        extras are the family's own, at its own parameters and with the permuted labels: activations
+        are those of the same network, whatever the scales.
 
     Raises:
         ValueError: for a negative number, or a label permutation without integer ``data["y"]``.
@@ -116,16 +118,18 @@ def augmented(
             value = value + gradient_noise * _noise(data["noise"], params, batch["noise"])
         return value * config["loss_scale"] if loss_scale else value
 
-    if family.metrics is None:
-        return TaskFamily(data, sample, init, batches, loss)
-    inner_metrics = family.metrics
+    def told(inner: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """Metrics, or extras, of the task as the family knows it."""
+        if inner is None:
+            return None
 
-    def metrics(
-        data: Any, config: dict[str, Any], params: Tree, batch: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        return inner_metrics(*own(data, config, params), batch["inner"])
+        def outer(data: Any, config: dict[str, Any], params: Tree, batch: dict[str, Any]) -> Any:
+            return inner(*own(data, config, params), batch["inner"])
 
-    return TaskFamily(data, sample, init, batches, loss, metrics)
+        return outer
+
+    metrics, extras = told(family.metrics), told(family.extras)
+    return TaskFamily(data, sample, init, batches, loss, metrics, extras)
 
 
 def _noise(bank: Tensor, params: Tree, offsets: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def digits(
 
     Returns:
         A `TaskFamily` with a flat dict of parameters, ``{"w0": (64, width), "b0": (width,), ...}``
-        for the first, and the metric ``accuracy`` for classifiers.
+        for the first, and the metric ``accuracy`` for classifiers. ``"mlp"`` and ``"autoencoder"``
+        have ``extras``: ``"activations"``, whose last layer is told its error, target (one-hot)
+        minus output (softmax of it).
 
     Raises:
         ValueError: for an unknown activation or model, a width or batch size below 1, or widths
@@ -74,33 +76,55 @@ def digits(
     ) -> Tensor:
         return draw(generator, split, steps, batch_size)
 
-    def outputs(
+    def shown(
         data: dict[str, Tensor], params: dict[str, Tensor], batch: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the network gives for the batch, and what it should give."""
+        """What the network sees of the batch, and what it should give."""
         row = batch[..., 0] if online else batch
         clean = noisy = F.embedding(row, data["x"])
         if online:
             noise = data["noise"].unfold(0, 64, 1)  # a view: what begins at each place
             noisy = clean + F.embedding(batch[..., 1], noise)
         dtype = next(iter(params.values())).dtype
-        out = network.apply(params, noisy.to(dtype))
         if not classifies:
-            return out, clean.to(dtype)
-        return out, data["y"][row // VERSIONS if online else row]
+            return noisy.to(dtype), clean.to(dtype)
+        return noisy.to(dtype), data["y"][row // VERSIONS if online else row]
 
     def loss(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> Tensor:
-        out, want = outputs(data, params, batch)
+        x, want = shown(data, params, batch)
+        out = network.apply(params, x)
         return cross_entropy(out, want) if classifies else F.mse_loss(out, want)
 
     def metrics(
         data: Any, config: Any, params: dict[str, Tensor], batch: Tensor
     ) -> dict[str, Tensor]:
-        out, want = outputs(data, params, batch)
+        x, want = shown(data, params, batch)
+        out = network.apply(params, x)
         return {"accuracy": (out.argmax(-1) == want).to(out.dtype).mean()}
 
-    data = online_images() if online else images()
-    return TaskFamily(data, sample, init, batches, loss, metrics if classifies else None)
+    def extras(
+        data: Any, config: Any, params: dict[str, Tensor], batch: Tensor
+    ) -> dict[str, list[Any]]:
+        assert network.activity is not None
+        x, want = shown(data, params, batch)
+
+        def error(out: Tensor) -> Tensor:
+            if not classifies:
+                return want - out
+            classes = torch.arange(out.shape[-1], device=out.device)
+            return (want[:, None] == classes).to(out.dtype) - out.softmax(-1)
+
+        return {"activations": network.activity(params, x, error)}
+
+    return TaskFamily(
+        online_images() if online else images(),
+        sample,
+        init,
+        batches,
+        loss,
+        metrics if classifies else None,
+        None if network.activity is None else extras,
+    )
 
 
 def _network(model: str, widths: tuple[int, ...], activation: str) -> Network:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TaskFamily",
     "check_split",
     "device_of_tasks",
+    "extras_of_task",
     "loss_of_task",
     "sample_batches",
     "sample_task",
@@ -37,6 +39,10 @@ class TaskFamily(NamedTuple):
         loss: ``loss(data, config, model_params, batch) -> scalar``.
         metrics: ``metrics(data, config, model_params, batch) -> {name: scalar}``: what to tell
             beside the loss, ``accuracy`` say; None: nothing.
+        extras: ``extras(data, config, model_params, batch) -> {name: tree}``: what rules may need
+            beside the gradient, by the names of their ``needs``, at these parameters; None:
+            nothing. It is called for rules that need it only. ``"activations"`` are a list of
+            layers as `fmeta.functional.layer_activity` makes them.
     """
 
     data: Any
@@ -45,6 +51,7 @@ class TaskFamily(NamedTuple):
     batches: Callable[..., Any]
     loss: Callable[..., Tensor]
     metrics: Callable[..., dict[str, Tensor]] | None = None
+    extras: Callable[..., dict[str, Any]] | None = None
 
 
 class Task(NamedTuple):
@@ -127,6 +134,54 @@ def check_split(split: str) -> None:
     """Raises a ValueError unless there is a split of this name."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
+
+
+def extras_of_task(family: TaskFamily, optimizer: Optimizer) -> Callable[..., Any] | None:
+    """What the optimizer needs beside the gradient, in the form `fmeta.unroll` takes as ``extras``.
+
+    Args:
+        family: the one that gives it.
+        optimizer: the rule that needs it.
+
+    Returns:
+        ``extras(params, batch, config) -> dict`` for ``loss_args=(config,)``, or None for a rule
+        that needs loss and horizon at most.
+
+    Raises:
+        ValueError: the family does not give what the rule needs (with the names); to know, a task
+            is drawn and tried.
+    """
+    names = optimizer.needs - {"loss", "num_steps"}
+    if not names:
+        return None
+    give = family.extras
+    listed = ", ".join(sorted(names))
+    example = (
+        f"family._replace(extras=lambda data, config, model_params, batch: {{{min(names)!r}: ...}})"
+    )
+    if give is None:
+        raise ValueError(
+            f"this optimizer needs {listed}, but the family has no `extras` to give them: take a "
+            f"family that has, as fmeta.tasks.digits(), or {example}"
+        )
+
+    def extras(params: Any, batch: Any, config: Any) -> Any:
+        return give(family.data, config, params, batch)
+
+    task = sample_task(family, 1, 0)
+    config, params, batch = task.config, task.model_params, trees.map(lambda x: x[0], task.batches)
+    device = device_of_tasks(family)
+    if device is not None:
+        config, params, batch = trees.map(lambda x: x.to(device), (config, params, batch))
+    with torch.no_grad():
+        found = extras(params, batch, config)
+    missing = sorted(names - set(found))
+    if missing:
+        raise ValueError(
+            f"this optimizer needs {', '.join(missing)}, but the family's `extras` give "
+            f"{', '.join(sorted(found)) or 'nothing'}: {example}"
+        )
+    return extras
 
 
 def loss_of_task(family: TaskFamily) -> Callable[..., Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmeta.functional import layer_activity
 from fmeta.tasks._networks import Network, activation_named, uniform
 
 __all__ = ["mlp"]
@@ -31,4 +33,15 @@ def mlp(sizes: Sequence[int], activation: str) -> Network:
                 x = act(x)
         return x
 
-    return Network(init, apply)
+    def activity(
+        params: dict[str, Tensor], x: Tensor, error_of: Callable[[Tensor], Tensor]
+    ) -> list[Any]:
+        found = []
+        for i in range(layers):
+            z = x @ params[f"w{i}"] + params[f"b{i}"]
+            error = error_of(z) if i == layers - 1 else None
+            found.append(layer_activity(x, z, f"w{i}", f"b{i}", out_first=False, error=error))
+            x = act(z)
+        return found
+
+    return Network(init, apply, activity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,13 @@ class Network(NamedTuple):
     Attributes:
         init: ``init(generator) -> params``, a flat dict of float32 tensors.
         apply: ``apply(params, x) -> outputs`` with ``x``: (batch, inputs).
+        activity: ``activity(params, x, error_of) -> layers`` as rules that need activations read
+            them, with ``error_of(outputs)`` at the last one; None where that is not known.
     """
 
     init: Callable[[torch.Generator], dict[str, Tensor]]
     apply: Callable[[dict[str, Tensor], Tensor], Tensor]
+    activity: Callable[..., list[Any]] | None = None
 
 
 def activation_named(name: str) -> Callable[[Tensor], Tensor]:

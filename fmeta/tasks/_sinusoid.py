@@ -56,9 +56,17 @@ def sinusoid(
         check_split(split)
         return 10 * torch.rand(steps, shots, generator=generator) - 5
 
-    def loss(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+    def points(config: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
         x = batch[:, None]
-        want = config["amplitude"] * torch.sin(x + config["phase"])
+        return x, config["amplitude"] * torch.sin(x + config["phase"])
+
+    def loss(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        x, want = points(config, batch)
         return F.mse_loss(network.apply(params, x), want)
 
-    return TaskFamily((), sample, init, batches, loss)
+    def extras(data: Any, config: Any, params: dict[str, Tensor], batch: Tensor) -> dict[str, Any]:
+        assert network.activity is not None
+        x, want = points(config, batch)
+        return {"activations": network.activity(params, x, lambda out: want - out)}
+
+    return TaskFamily((), sample, init, batches, loss, extras=extras)

@@ -86,6 +86,8 @@ def check_family(
             not_run[name] = "not among `laws`"
         elif name == "metrics_are_scalars" and family.metrics is None:
             not_run[name] = "the family has no metrics"
+        elif name == "extras_are_tensors" and family.extras is None:
+            not_run[name] = "the family has no extras"
         elif name == "splits_differ" and len(splits) == 1:
             not_run[name] = "there is one split only"
         else:
@@ -170,6 +172,9 @@ def inputs_unchanged(
     if family.metrics is not None:
         metrics = family.metrics
         calls["metrics"] = lambda: metrics(*named.values())
+    if family.extras is not None:
+        extras = family.extras
+        calls["extras"] = lambda: extras(*named.values())
     for where, call in calls.items():
         call()
         for name, tree in named.items():
@@ -256,6 +261,8 @@ def loss_deterministic(family: TaskFamily, draw: Callable[[], list[Task]], **_: 
     calls: dict[str, Callable[..., Any]] = {"loss": family.loss}
     if family.metrics is not None:
         calls["metrics"] = family.metrics
+    if family.extras is not None:
+        calls["extras"] = family.extras
     for where, function in calls.items():
         call = functools.partial(function, *arguments)
         got = _without_global(where, call, cure)
@@ -318,6 +325,10 @@ def vmap_equals_loop(family: TaskFamily, draw: Callable[[], list[Task]], **_: An
     if family.metrics is not None:
         per_task = functools.partial(family.metrics, family.data)
         torch.vmap(per_task)(together.config, together.model_params, together.batches)
+    told: Tree = None
+    if family.extras is not None:
+        give = functools.partial(family.extras, family.data)
+        told = torch.vmap(give)(together.config, together.model_params, together.batches)
     for i, task in enumerate(tasks):
         want, loss = both(task.model_params, _first(task.batches), task.config)
         where = f"of task {i} under vmap, beside the loop"
@@ -325,6 +336,10 @@ def vmap_equals_loop(family: TaskFamily, draw: Callable[[], list[Task]], **_: An
         assert_close(losses[i], loss, "loss", where, rtol=1e-4)
         got = trees.map(lambda g, i=i: g[i], grads)
         assert_close(got, want, "gradient", where, rtol=1e-4, atol=1e-5 * scale)
+        if family.extras is not None:
+            own = family.extras(family.data, task.config, task.model_params, _first(task.batches))
+            got = trees.map(lambda x, i=i: x[i], told)
+            assert_close(got, own, "extras", where, rtol=1e-4, atol=1e-5)
 
 
 @_law
@@ -346,6 +361,11 @@ def runs_on_meta(family: TaskFamily, draw: Callable[[], list[Task]], **_: Any) -
     named = zip(leaf_names(grads, "gradient"), trees.leaves(grads), strict=True)
     for leaf, x in (("loss", loss), *named):
         assert x.is_meta, f"{leaf} is on {x.device}, its arguments on meta: {cure}"
+    if family.extras is None:
+        return
+    found = family.extras(*moved)
+    for leaf, x in zip(leaf_names(found, "extras"), trees.leaves(found), strict=True):
+        assert x.is_meta, f"{leaf} is on {x.device}, its arguments on meta: {cure}"
 
 
 @_law
@@ -365,6 +385,27 @@ def metrics_are_scalars(family: TaskFamily, draw: Callable[[], list[Task]], **_:
             f"metrics are {', '.join(found)}, of another task {', '.join(names or ())}"
         )
         names = set(found)
+
+
+@_law
+def extras_are_tensors(family: TaskFamily, draw: Callable[[], list[Task]], **_: Any) -> None:
+    """Extras are a dict of trees of finite tensors by name, of one structure for every task."""
+    assert family.extras is not None, "the family has no extras"
+    kinds = None
+    for task in draw():
+        found = family.extras(family.data, task.config, task.model_params, _first(task.batches))
+        assert isinstance(found, dict), f"extras are a {type(found).__name__}, not a dict"
+        for name in found:
+            assert isinstance(name, str), f"extras have the key {name!r}: it must be a string"
+        leaves = dict(zip(leaf_names(found, "extras"), trees.leaves(found), strict=True))
+        for leaf, x in leaves.items():
+            assert isinstance(x, Tensor), f"{leaf} is a {type(x).__name__}, not a tensor"
+            assert bool(x.isfinite().all()), f"{leaf} is not finite at the initial parameters"
+        now = {leaf: (x.shape, x.dtype) for leaf, x in leaves.items()}
+        assert kinds is None or now == kinds, (
+            "extras have other names, shapes or dtypes for another task: a family has one structure"
+        )
+        kinds = now
 
 
 def _check_scalar(x: Any, name: str) -> None:

@@ -31,14 +31,36 @@ def metrics(data, config, params, batch):
     return {"distance": (params["x"] - config["c"]).norm()}
 
 
+def extras(data, config, params, batch):
+    return {"noise": batch["z"], "activations": [(config["c"], params["x"] * data["scale"])]}
+
+
 def build(data=None, **changed):
     """A sound family written by hand, but for what is given."""
     data = {"scale": torch.tensor(2.0)} if data is None else data
-    return TaskFamily(data, sample, init, batches, loss, metrics)._replace(**changed)
+    return TaskFamily(data, sample, init, batches, loss, metrics, extras)._replace(**changed)
 
 
 def test_a_sound_one_passes():
     assert check_family(build()) == Report(dict.fromkeys(FAMILY_LAWS, SPLITS), {})
+
+
+def extras_that_edit(data, config, params, batch):
+    batch["z"].add_(1.0)
+    return {"x": params["x"]}
+
+
+def noisy_extras(data, config, params, batch):
+    return {"x": params["x"] + torch.randn(3)}
+
+
+def extras_doubled_by_vmap(data, config, params, batch):
+    batched = torch._C._functorch.is_batchedtensor(params["x"])
+    return {"x": params["x"] * (2 if batched else 1)}
+
+
+def extras_of_the_task(data, config, params, batch):
+    return {f"x{int(1000 * config['c'][0])}": params["x"]}
 
 
 class Counter:
@@ -316,6 +338,23 @@ BROKEN = [
         "the key 3: it must be a string",
     ),
     ("metrics_are_scalars", build(metrics=names_of_the_task), "metrics are .*, of another task"),
+    ("inputs_unchanged", build(extras=extras_that_edit), "extras"),
+    ("loss_deterministic", build(extras=noisy_extras), "extras used torch's global generator"),
+    (
+        "vmap_equals_loop",
+        build(extras=extras_doubled_by_vmap),
+        r"extras\['x'\] of task 0 under vmap",
+    ),
+    ("runs_on_meta", build(extras=lambda *_: {"x": torch.ones(2)}), r"extras\['x'\] is on cpu"),
+    ("extras_are_tensors", build(extras=lambda *_: torch.ones(())), "a Tensor, not a dict"),
+    ("extras_are_tensors", build(extras=lambda *_: {3: torch.ones(())}), "must be a string"),
+    ("extras_are_tensors", build(extras=lambda *_: {"x": 0.5}), r"'x'\] is a float, not a tensor"),
+    (
+        "extras_are_tensors",
+        build(extras=lambda d, c, p, b: {"x": p["x"] / 0}),
+        r"extras\['x'\] is not finite",
+    ),
+    ("extras_are_tensors", build(extras=extras_of_the_task), "extras have other names, shapes"),
 ]
 
 
@@ -357,8 +396,9 @@ def test_the_config_may_not_depend_on_the_split():
 
 
 def test_what_does_not_apply_is_not_run():
-    report = check_family(build(metrics=None), splits=["train"])
+    report = check_family(build(metrics=None, extras=None), splits=["train"])
     assert report.not_run == {
+        "extras_are_tensors": "the family has no extras",
         "metrics_are_scalars": "the family has no metrics",
         "splits_differ": "there is one split only",
     }
