@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fmeta import trees
@@ -25,7 +26,17 @@ from fmeta.optimizer import Hidden, Optimizer
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["full", "init_hidden", "is_dtensor", "is_sharded", "mean_loss", "shard_like", "update"]
+__all__ = [
+    "everywhere",
+    "full",
+    "init_hidden",
+    "is_dtensor",
+    "is_sharded",
+    "local",
+    "mean_loss",
+    "shard_like",
+    "update",
+]
 
 Tree = Any
 
@@ -48,6 +59,11 @@ def is_sharded(tree: Tree) -> bool:
 def full(x: Any) -> Any:
     """A DTensor gathered from all processes (all of them must call this); else ``x`` itself."""
     return x.full_tensor() if is_dtensor(x) else x
+
+
+def local(x: Any) -> Any:
+    """This process's part of a DTensor, the same memory; else ``x`` itself."""
+    return x.to_local() if is_dtensor(x) else x
 
 
 def shard_like(x: Any, like: Any) -> Any:
@@ -79,18 +95,29 @@ def mean_loss(loss: Tensor | None, params: Tree) -> Tensor | None:
     Each process has the loss of its own part of the batch. A rule that reads it must read the same
     number everywhere, or the shards would drift apart.
     """
-    meshes = [x.device_mesh for x in trees.leaves(params) if is_dtensor(x)]
+    meshes = _meshes(params)
     if loss is None or not meshes:
         return loss
-    if is_dtensor(loss):
-        return full(loss)
+    return full(loss) if is_dtensor(loss) else _reduced(loss, meshes[0], "sum") / meshes[0].size()
+
+
+def everywhere(flag: Tensor, params: Tree) -> Tensor:
+    """Whether ``flag`` (a boolean scalar) is set on all processes that share the parameters."""
+    for mesh in _meshes(params):
+        flag = _reduced(flag.to(torch.float32), mesh, "min") > 0
+    return flag
+
+
+def _meshes(params: Tree) -> list[Any]:
+    """The device meshes of the parameters, each once, in order."""
+    return list(dict.fromkeys(x.device_mesh for x in trees.leaves(params) if is_dtensor(x)))
+
+
+def _reduced(x: Tensor, mesh: Any, how: str) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial
 
-    mesh = meshes[0]
-    parts = [Partial("sum")] * mesh.ndim
-    return DTensor.from_local(loss.detach(), mesh, parts, run_check=False).full_tensor() / (
-        mesh.size()
-    )
+    parts = [Partial(how)] * mesh.ndim
+    return DTensor.from_local(x.detach(), mesh, parts, run_check=False).full_tensor()
 
 
 def init_hidden(
@@ -130,7 +157,7 @@ def update(
 
     Args:
         model_params, grads, hidden: as in `Optimizer.update`; any tensor of them may be a DTensor.
-        loss: of this process's part of the batch; the rule gets the mean over the processes.
+        loss: the same on all processes (`mean_loss`).
 
     Returns:
         ``(delta, hidden)``, both placed as the parameters.
@@ -143,7 +170,6 @@ def update(
     states = trees.flatten_up_to(spec, _split(hidden).leaves, model_params, "the hidden state")
     active = [i for i, g in enumerate(slopes) if g is not None]
     shared = trees.map(full, hidden.shared)
-    loss = mean_loss(loss, model_params)
     delta: list[Any] = [None] * len(flat)
     new = list(states)
     for run in _runs(optimizer, flat, active):
