@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.optimizer import Hidden
-from fmeta.torch_optim import _checks
-from fmeta.torch_optim._advance import GroupOptions, advance, all_finite
+from fmeta.torch_optim import _checks, _states
+from fmeta.torch_optim._advance import Outputs, advance
+from fmeta.torch_optim._before import Call, prepare
+from fmeta.torch_optim._graphs import kept_out, looked_through
 from fmeta.torch_optim._loading import loaded_exactly
 from fmeta.torch_optim._rule import find_rule
-from fmeta.torch_optim._slots import SKIPPED, Slots, slots_of, started
+from fmeta.torch_optim._slots import SKIPPED, Slots, slots_of
 
 __all__ = ["LearnedOptimizer"]
 
@@ -92,7 +94,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._nonfinite = nonfinite
         self._compile = compile
         self._compiled: Any = None
-        self._checked = False
+        self._owned = False  # whether no two tensors of the state share memory
+        self._clean_for: list[int] | None = None  # the update was checked for these parameters
         self._weights: tuple[Any, Tree] | None = None
         defaults = {
             "lr": lr,
@@ -114,7 +117,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     # Groups and trees
 
-    @torch.compiler.disable
+    @kept_out
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; also in the middle of a training."""
         super().add_param_group(param_group)
@@ -138,16 +141,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._tree([p if p.is_floating_point() else None for p in self._params()])
 
     def _find_slots(self) -> None:
+        names = [n for group in self.param_groups for n in group.get("param_names", ())]
+        self._names = names or None
+        self._clean_for = None
         self._slots, self._shared_slots = slots_of(
             self._rule.optimizer, self._rule.opt_params, self._param_tree(), self._horizon()
         )
+
+    def _keys(self) -> Any:
+        return range(len(self._slots)) if self._names is None else self._names
 
     def _horizon(self) -> Any:
         return self.param_groups[0]["num_steps"]
 
     # The step
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -171,7 +180,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         return self._step(closure, loss, extras, torch.compiler.is_compiling())
 
-    @torch.compiler.disable(recursive=False)
+    @looked_through
     def _step(self, closure: Any, loss: Any, extras: Any, traced: bool) -> Any:
         value = None
         if closure is not None:
@@ -179,135 +188,39 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
             loss = value if loss is None else loss
+        run = advance if self._compile is False else self._compiled_advance()
         with torch.no_grad():
-            self._run(loss, extras, traced)
+            call = self._before(loss, extras, traced or run is not advance)
+            if call is not None:
+                with _full_precision(call.device):
+                    out = run(self._rule.optimizer, call.inputs)
+                self._after(call, out)
         return value
 
-    def _run(self, loss: Any, extras: Any, traced: bool) -> None:
-        optimizer = self._rule.optimizer
-        flat: list[Tensor] = []
-        grads: list[Tensor | None] = []
-        runs: list[tuple[dict[str, Any], list[int]]] = []
-        for group in self.param_groups:
-            here: list[int] = []
-            for p in group["params"]:
-                g = p.grad
-                if g is not None:
-                    if g.layout is not torch.strided:
-                        raise _checks.sparse(self._label(len(flat)), g)
-                    here.append(len(flat))
-                flat.append(p)
-                grads.append(g)
-            runs.append((group, here))
-        active = [i for _, here in runs for i in here]
-        if not active:
-            return
-        device = _checks.one_device(flat, active, self._label)
-        loss = _checks.as_loss(loss, device)
-        only_start = _checks.check_given(optimizer.needs, loss, extras, self.param_groups)
-        states, shared, skipped = self._states(flat, active)
-        if only_start:
-            return
-        if self._nonfinite != "allow" and (self._nonfinite == "raise" or device.type == "cpu"):
-            read = loss if "loss" in optimizer.needs else None
-            if (
-                not traced
-                and not self._compile
-                and not bool(
-                    all_finite([grads[i] for i in active], read)  # type: ignore[misc]
-                )
-            ):
-                if self._nonfinite == "raise":
-                    raise _checks.not_finite([(self._label(i), grads[i]) for i in active], read)
-                self._store_everywhere({SKIPPED: skipped + 1})
-                return
-        names = self._names
-        keys: Any = range(len(flat)) if names is None else names
-        in_place = bool(traced or self._compile or any(g["capturable"] for g in self.param_groups))
-        everywhere = len(active) == len(flat)
-        params: list[Any] = flat if everywhere else [None] * len(flat)
-        leaves: list[Any] = [{}] * len(flat)
-        for i in active:
-            params[i] = flat[i]
-            leaves[i] = self._slots[i].read(states[i])
-        run = advance
-        if self._compile:
-            if self._compiled is None:
-                given = {} if self._compile is True else dict(self._compile)
-                self._compiled = torch.compile(advance, **given)
-            run = self._compiled
-        new, shared, skipped = run(
-            optimizer,
-            self._weights_on(device),
-            self._tree(params),
-            self._tree(grads),
-            Hidden(self._tree(leaves), shared),
-            [
-                GroupOptions(
-                    [keys[i] for i in here],
-                    *_numbers(group, bool(traced or self._compile)),
-                    group["maximize"],
-                )
-                for group, here in runs
-                if here
-            ],
-            loss,
-            extras,
-            skipped if self._nonfinite == "skip" else None,
-            in_place,
-        )
-        if not in_place:
-            for i in active:
-                states[i].update(self._slots[i].entries(new[keys[i]]))
-        common = {} if in_place else self._shared_slots.entries(shared)
-        if self._nonfinite == "skip":
-            common = {**common, SKIPPED: skipped}
-        self._store_everywhere(common)
+    @kept_out
+    def _before(self, loss: Any, extras: Any, traced: bool) -> Call | None:
+        return prepare(self, loss, extras, traced)
 
-    def _states(self, flat: list[Tensor], active: list[int]) -> tuple[list[Any], Tree, Any]:
-        """The dict of each active parameter, state of the whole model, count of skipped steps."""
-        states: list[Any] = [None] * len(flat)
-        new = []
-        for i in active:
-            states[i] = self.state.get(flat[i])
-            if not self._slots[i].held_by(states[i]):
-                new.append(i)
-        slots = self._shared_slots
-        holder = next((s for s in self.state.values() if slots.held_by(s)), None)
-        if new or (holder is None and slots.keys):
-            chosen = new if holder is not None or not slots.keys else active
-            some: list[Any] = [None] * len(flat)
-            for i in chosen:
-                some[i] = flat[i]
-            hidden = started(
-                self._rule.optimizer,
-                self._weights_on(flat[active[0]].device),
-                self._tree(some),
-                self._horizon(),
-            )
-            keys: Any = range(len(flat)) if self._names is None else self._names
-            for i in new:
-                own = self._slots[i].entries(hidden.leaves[keys[i]])
-                self.state[flat[i]] = states[i] = {**(states[i] or {}), **own}
-            if holder is None:
-                holder = slots.entries(hidden.shared)
-        for i in active:
-            if states[i] is None:
-                states[i] = self.state[flat[i]]
-        shared = {} if holder is None else slots.read(holder)
-        skipped = None
-        if self._nonfinite == "skip":
-            skipped = self.skipped_steps.to(flat[active[0]].device)
-        self._store_everywhere(
-            {**slots.entries(shared), **({} if skipped is None else {SKIPPED: skipped})}
-        )
-        return states, shared, skipped
+    @kept_out
+    def _after(self, call: Call, out: Outputs) -> None:
+        common: dict[str, Any] = {}
+        if not call.inputs.in_place:
+            keys, slots, states = self._keys(), self._slots, call.states
+            for i in call.active:
+                states[i].update(slots[i].entries(out.leaves[keys[i]]))
+            common = self._shared_slots.entries(out.shared)
+            self._owned = False
+            self._clean_for = call.active if out.clean or not call.inputs.careful else None
+        if out.skipped is not None:
+            common = {**common, SKIPPED: out.skipped}
+        _states.spread(self, common)
 
-    def _store_everywhere(self, entries: dict[str, Any]) -> None:
-        if entries:
-            for state in self.state.values():
-                if isinstance(state, dict):
-                    state.update(entries)
+    @kept_out
+    def _compiled_advance(self) -> Any:
+        if self._compiled is None:
+            given: Any = {} if self._compile is True else self._compile
+            self._compiled = torch.compile(advance, **given)
+        return self._compiled
 
     def _weights_on(self, device: torch.device) -> Tree:
         if self._weights is None or self._weights[0] != device:
@@ -323,14 +236,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps had no effect because of gradients that were not finite (int64)."""
-        for state in self.state.values():
-            if isinstance(state, dict) and SKIPPED in state:
-                return state[SKIPPED]
-        return torch.zeros((), dtype=torch.int64)
+        return _states.skipped_steps(self)
 
     # Saving and loading
 
-    @torch.compiler.disable
+    @kept_out
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, exactly.
 
@@ -352,13 +262,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return super().__repr__().replace(" (", f" ({head}", 1)
 
 
-def _numbers(group: dict[str, Any], as_tensors: bool) -> tuple[Any, Any]:
-    """Learning rate and decay of a group; tensors where Python numbers would be compiled in."""
-    lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())
-    if as_tensors:
-        lr = torch.as_tensor(lr, dtype=torch.float64) if not isinstance(lr, Tensor) else lr
-        if decay != 0:
-            decay = torch.as_tensor(decay, dtype=torch.float64)
-    return lr, decay
+@kept_out
+def _full_precision(device: torch.device) -> Any:
+    """The update is not for autocast; where that is off, nothing."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""One step on given lists of tensors: the pure update, then parameters changed in place.
+"""One step on given tensors: the pure update, then parameters changed in place.
 
 This is the part of a step that `torch.compile` sees. It depends on no Python number that changes
 from step to step where learning rates are tensors.
@@ -6,7 +6,7 @@ from step to step where learning rates are tensors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.torch_optim import _sharded
+from fmeta.torch_optim._in_place import apart, move, write
 
-__all__ = ["GroupOptions", "advance", "all_finite"]
+__all__ = ["GroupOptions", "Inputs", "Outputs", "advance", "all_finite"]
 
 Tree = Any
 
@@ -36,84 +37,122 @@ class GroupOptions(NamedTuple):
     maximize: bool
 
 
-def advance(
-    optimizer: Optimizer,
-    opt_params: Tree,
-    params: Any,
-    grads: Any,
-    hidden: Hidden,
-    groups: Sequence[GroupOptions],
-    loss: Tensor | None,
-    extras: Mapping[str, Any] | None,
-    skipped: Tensor | None,
-    in_place: bool,
-) -> tuple[Any, Tree, Tensor | None]:
-    """Updates the parameters in place and returns what replaces the hidden state.
+class Inputs(NamedTuple):
+    """What a step depends on.
 
-    Args:
-        optimizer, opt_params: the rule.
+    Attributes:
+        opt_params: weights of the rule.
         params, grads: dicts or lists of tensors, None at leaves that stay as they are.
         hidden: state of the same leaves.
-        groups: the leaves of each group and its options.
+        groups: the leaves of each group, and its options.
         loss, extras: what the rule may need.
-        skipped: count of steps without effect, because a gradient (or the loss) was not finite;
-            None: such steps are made.
+        skipped: count of the steps without effect because of a gradient (or a loss) that was not
+            finite; None: such steps are made.
+        sharded: whether any parameter is a DTensor.
         in_place: whether the hidden state is written into the tensors that hold it.
-
-    Returns:
-        ``(leaves, shared, skipped)``.
+        careful: whether to look for wrong shapes and for memory that is used twice.
     """
-    for group in groups:
+
+    opt_params: Tree
+    params: Any
+    grads: Any
+    hidden: Hidden
+    groups: Sequence[GroupOptions]
+    loss: Tensor | None
+    extras: Mapping[str, Any] | None
+    skipped: Tensor | None
+    sharded: bool
+    in_place: bool
+    careful: bool
+
+
+class Outputs(NamedTuple):
+    """What a step gives, beside parameters that have changed.
+
+    Attributes:
+        leaves: the new hidden state by key; shared: that of the whole model.
+        skipped: as in `Inputs`.
+        clean: whether new state and parameters were found to use different memory.
+    """
+
+    leaves: dict[Any, Any]
+    shared: Tree
+    skipped: Tensor | None
+    clean: bool
+
+
+def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
+    """Updates the parameters in place and returns what replaces the hidden state."""
+    grads = x.grads
+    for group in x.groups:
         if group.maximize:
-            grads = _replaced(grads, group.keys, torch._foreach_neg([grads[k] for k in group.keys]))
-    update = _sharded.update if _sharded.is_sharded(params) else _plain
-    delta, new = update(optimizer, opt_params, params, grads, hidden, loss=loss, extras=extras)
-    keys = [k for group in groups for k in group.keys]
+            grads = _negated(grads, group.keys)
+    update = _sharded.update if x.sharded else _plain
+    delta, new = update(
+        optimizer, x.opt_params, x.params, grads, x.hidden, loss=x.loss, extras=x.extras
+    )
+    if x.careful:
+        trees.match(x.params, delta, "the optimizer's delta")
+    keys = [k for group in x.groups for k in group.keys]
     leaves = {k: new.leaves[k] for k in keys}
-    shared = new.shared
-    finite = None
+    shared, skipped, finite = new.shared, x.skipped, None
     if skipped is not None:
-        finite = all_finite([grads[k] for k in keys], loss)
-        leaves = {k: _where(finite, leaves[k], hidden.leaves[k]) for k in keys}
-        shared = _where(finite, shared, hidden.shared)
+        read = x.loss if "loss" in optimizer.needs else None
+        finite = all_finite([grads[k] for k in keys], read, x.params if x.sharded else ())
+        leaves = {k: _where(finite, leaves[k], x.hidden.leaves[k]) for k in keys}
+        shared = _where(finite, shared, x.hidden.shared)
         skipped = skipped + (~finite).to(skipped.dtype)
-    for group in groups:
-        own = [k for k in group.keys if delta[k] is not None]
-        if own:
-            _move(
-                [params[k] for k in own],
-                [delta[k] for k in own],
-                group.lr,
-                group.weight_decay,
-                finite,
-            )
-    if in_place:
-        for k in keys:
-            _write(hidden.leaves[k], leaves[k])
-        _write(hidden.shared, shared)
-        return {k: hidden.leaves[k] for k in keys}, hidden.shared, skipped
-    return leaves, shared, skipped
+    changes = {k: delta[k] for k in keys if delta[k] is not None}
+    clean = False
+    if x.in_place:
+        # Before the parameters move, of which the new state may be a view.
+        changes = {k: write(x.hidden.leaves[k], leaves[k], d) for k, d in changes.items()}
+        write(x.hidden.shared, shared)
+        if skipped is not None:
+            skipped = x.skipped.copy_(skipped)  # type: ignore[union-attr]
+        leaves, shared = {}, {}
+    elif x.careful:
+        inputs = [y for k in keys for y in (x.params[k], grads[k])]
+        leaves, shared, clean = apart(inputs, leaves, shared)
+    for group in x.groups:
+        own = [k for k in group.keys if k in changes]
+        move(
+            [_sharded.local(x.params[k]) for k in own],
+            [_sharded.local(changes[k]) for k in own],
+            group.lr,
+            group.weight_decay,
+            finite,
+        )
+    return Outputs(leaves, shared, skipped, clean)
 
 
-def all_finite(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
-    """Whether no element is infinite or NaN, as a scalar tensor."""
-    some = [x for x in tensors if x.numel()]
+def all_finite(grads: Sequence[Any], loss: Tensor | None, sharded: Tree = ()) -> Tensor:
+    """Whether no element is infinite or NaN, as a scalar tensor.
+
+    Args:
+        grads: at least one tensor.
+        loss: a scalar that must be finite too.
+        sharded: the parameters, where any is a DTensor: then on no process.
+    """
+    some = [y for x in grads if (y := _sharded.local(x)).numel()]
     if loss is not None:
         some.append(loss)
-    if not some:
-        return torch.ones((), dtype=torch.bool, device=tensors[0].device if tensors else None)
-    largest = torch._foreach_norm(some, ord=float("inf"))
-    return torch.stack([x.to(torch.float32) for x in largest]).isfinite().all()
+    if some:
+        largest = torch._foreach_norm(some, ord=float("inf"))
+        flag = torch.stack([x.to(torch.float32) for x in largest]).isfinite().all()
+    else:
+        flag = torch.ones((), dtype=torch.bool, device=grads[0].device)
+    return _sharded.everywhere(flag, sharded)
 
 
 def _plain(optimizer: Optimizer, *args: Any, **kwargs: Any) -> tuple[Tree, Any]:
     return optimizer.update(*args, **kwargs)
 
 
-def _replaced(tree: Any, keys: Sequence[Hashable], values: Sequence[Tensor]) -> Any:
-    new = dict(tree) if isinstance(tree, dict) else list(tree)
-    for k, x in zip(keys, values, strict=True):
-        new[k] = x  # type: ignore[call-overload, index]
+def _negated(grads: Any, keys: Sequence[Any]) -> Any:
+    new: Any = dict(grads) if isinstance(grads, dict) else list(grads)
+    for k, x in zip(keys, torch._foreach_neg([grads[k] for k in keys]), strict=True):
+        new[k] = x
     return new
 
 
@@ -121,48 +160,3 @@ def _where(finite: Tensor, new: Tree, old: Tree) -> Tree:
     return trees.map(
         lambda n, o: torch.where(finite, n, o) if isinstance(n, Tensor) else n, new, old
     )
-
-
-def _write(old: Tree, new: Tree) -> None:
-    targets, found = trees.leaves(old), trees.leaves(new)
-    pairs = [
-        (o, n) for o, n in zip(targets, found, strict=True) if isinstance(o, Tensor) and o is not n
-    ]
-    # An entry that takes the old value of another one is copied before that is overwritten.
-    values = [n.clone() if any(n is o for o in targets) else n for _, n in pairs]
-    for (o, _), n in zip(pairs, values, strict=True):
-        o.copy_(n)
-
-
-def _move(
-    params: list[Tensor], delta: list[Tensor], lr: Any, weight_decay: Any, finite: Tensor | None
-) -> None:
-    """``p += lr * delta - lr * weight_decay * p``, in the compute dtype, cast once."""
-    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
-    kept = 1 - lr * weight_decay if decays else 1.0
-    if finite is not None:
-        # Minus zero is what leaves every number as it is, +0 and -0 too.
-        delta = [torch.where(finite, d, -0.0) for d in delta]
-        if decays:
-            kept = torch.where(finite, kept, 1.0)
-    wide = [p.dtype is trees.compute_dtype(p) for p in params]
-    at = [i for i, w in enumerate(wide) if w]
-    if at:
-        own = [params[i] for i in at]
-        change = [delta[i].to(params[i].dtype) for i in at]
-        if decays:
-            torch._foreach_mul_(own, kept)
-        if isinstance(lr, Tensor):
-            torch._foreach_add_(own, torch._foreach_mul(change, lr))
-        else:
-            torch._foreach_add_(own, change, alpha=lr)
-    at = [i for i, w in enumerate(wide) if not w]
-    if at:
-        own = [params[i] for i in at]
-        dtypes = [trees.compute_dtype(p) for p in own]
-        sums = torch._foreach_mul([delta[i].to(t) for i, t in zip(at, dtypes, strict=True)], lr)
-        wider = [p.to(t) for p, t in zip(own, dtypes, strict=True)]
-        if decays:
-            torch._foreach_mul_(wider, kept)
-        torch._foreach_add_(wider, sums)
-        torch._foreach_copy_(own, wider)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmeta.torch_optim import _sharded
 from fmeta.torch_optim._rule import Rule
 
 __all__ = [
@@ -17,9 +18,9 @@ __all__ = [
     "check_group",
     "check_horizon",
     "check_options",
+    "check_tensors",
+    "compiled_and_sharded",
     "not_finite",
-    "one_device",
-    "sparse",
 ]
 
 
@@ -51,8 +52,6 @@ def check_horizon(rule: Rule, num_steps: Any) -> None:
 def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
     """A parameter group, beside those before it."""
     names = group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
-    if not group["params"]:
-        raise ValueError("a parameter group has no parameters: leave it out")
     for key in ("lr", "weight_decay"):
         x = group[key]
         if isinstance(x, Tensor):
@@ -102,58 +101,52 @@ def as_loss(loss: Any, device: torch.device) -> Tensor | None:
 
 
 def check_given(
-    needs: frozenset[str],
-    loss: Tensor | None,
-    extras: Mapping[str, Any] | None,
-    groups: Sequence[dict[str, Any]],
-) -> bool:
-    """Raises a ValueError that names what a step lacks.
-
-    Returns:
-        Whether this is the step with learning rate 0 by which torch.distributed.checkpoint makes
-        an optimizer create its state: it knows of no loss, so there is only the state to create.
-    """
-    missing = sorted(needs - {"loss", "num_steps"} - set(extras or ()))
-    if "loss" not in needs or loss is not None:
-        if not missing:
-            return False
-    elif all(not isinstance(g["lr"], Tensor) and g["lr"] == 0 for g in groups):
-        return True
+    needs: frozenset[str], loss: Tensor | None, extras: Mapping[str, Any] | None
+) -> None:
+    """Raises a ValueError that names what a step lacks."""
     if "loss" in needs and loss is None:
         raise ValueError(
             "this rule needs the loss: call opt.step(loss=loss), or opt.step(closure) with a "
             "closure that returns it"
         )
-    raise ValueError(
-        f"this rule needs {', '.join(missing)}: call opt.step(extras={{{missing[0]!r}: ...}})"
-    )
+    missing = sorted(needs - {"loss", "num_steps"} - set(extras or ()))
+    if missing:
+        raise ValueError(
+            f"this rule needs {', '.join(missing)}: call opt.step(extras={{{missing[0]!r}: ...}})"
+        )
 
 
-def one_device(
-    flat: Sequence[Tensor], active: Sequence[int], label: Callable[[int], str]
+def check_tensors(
+    opt: Any, flat: Sequence[Tensor], grads: Sequence[Tensor | None], active: Sequence[int]
 ) -> torch.device:
-    """The device of all parameters that take part in a step."""
+    """Raises unless gradients are dense and parameters on one device, which is returned."""
     device = flat[active[0]].device
     for i in active:
         if flat[i].device != device:
             raise ValueError(
-                f"{label(active[0])} is on {device}, {label(i)} on {flat[i].device}: a rule sees "
-                "all parameters together, so give each device an optimizer of its own"
+                f"{opt._label(active[0])} is on {device}, {opt._label(i)} on {flat[i].device}: a "
+                "rule sees all parameters together, so give each device an optimizer of its own"
+            )
+        layout = grads[i].layout  # type: ignore[union-attr]
+        if layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {opt._label(i)} is sparse ({layout}): use dense gradients, "
+                "nn.Embedding(..., sparse=False)"
             )
     return device
 
 
-def sparse(label: str, grad: Tensor) -> Exception:
-    """The error for a gradient that is not dense."""
+def compiled_and_sharded() -> Exception:
+    """The error for a compiled step on DTensors."""
     return ValueError(
-        f"the gradient of {label} is sparse ({grad.layout}): use dense gradients, "
-        "nn.Embedding(..., sparse=False)"
+        "parameters that are sharded (DTensor) are gathered in a step, which cannot be compiled: "
+        "leave out compile=True or torch.compile(opt.step)"
     )
 
 
 def not_finite(grads: Sequence[tuple[str, Any]], loss: Tensor | None) -> Exception:
     """The error for gradients that are not finite."""
-    bad = [label for label, g in grads if not bool(g.isfinite().all())]
+    bad = [label for label, g in grads if not bool(_sharded.full(g).isfinite().all())]
     if loss is not None and not bool(loss.isfinite()):
         bad.append("the loss")
     listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

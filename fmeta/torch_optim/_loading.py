@@ -62,7 +62,7 @@ def place(opt: Any, params: dict[Any, Tensor], saved: dict[Any, Any]) -> None:
     """Puts the saved state into the optimizer, in the dtypes of its rule."""
     opt._find_slots()
     positions = {id(p): i for i, p in enumerate(opt._params())}
-    copied = any(g["capturable"] for g in opt.param_groups) or opt._compile
+    opt._owned = False
     for key, state in saved.items():
         if key not in params:
             opt.state[key] = state
@@ -80,12 +80,11 @@ def place(opt: Any, params: dict[Any, Tensor], saved: dict[Any, Any]) -> None:
                 f"the state of {opt._label(i)} holds {', '.join(state)}, but that of the rule "
                 f"{opt._rule.name} is {', '.join(kinds) or 'empty'}: it was saved by another rule"
             )
-        opt.state[p] = {k: _settled(x, kinds.get(k), p, copied) for k, x in state.items()}
+        opt.state[p] = {k: _settled(x, kinds.get(k), p) for k, x in state.items()}
 
 
-def _settled(x: Any, kind: Any, param: Tensor, copied: bool) -> Any:
+def _settled(x: Any, kind: Any, param: Tensor) -> Any:
     if not isinstance(x, Tensor):
         return x
     dtype = kind[1] if kind is not None and x.is_floating_point() else x.dtype
-    new = x.to(param.device, dtype)
-    return new.clone() if copied and new is x else new
+    return x.to(param.device, dtype)

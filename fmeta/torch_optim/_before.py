@@ -1,0 +1,135 @@
+"""What a step does before the update: collects, checks and lays out what goes in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta.optimizer import Hidden
+from fmeta.torch_optim import _checks, _sharded, _states
+from fmeta.torch_optim._advance import GroupOptions, Inputs, all_finite
+from fmeta.torch_optim._first_state import asks_for_state
+from fmeta.torch_optim._slots import SKIPPED
+
+__all__ = ["Call", "prepare"]
+
+
+class Call(NamedTuple):
+    """One step, laid out.
+
+    Attributes:
+        inputs: what the update depends on.
+        states: the dict of each parameter (None at those that stay as they are).
+        active: positions of the parameters that are updated.
+        device: where they are.
+    """
+
+    inputs: Inputs
+    states: list[Any]
+    active: list[int]
+    device: torch.device
+
+
+def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
+    """Everything for a step of ``opt``; None when it has no effect.
+
+    Args:
+        opt: the `LearnedOptimizer`.
+        loss, extras: as given to ``step``.
+        traced: whether Python numbers would be compiled in.
+    """
+    flat: list[Tensor] = []
+    grads: list[Tensor | None] = []
+    runs: list[tuple[dict[str, Any], list[int]]] = []
+    at = 0
+    for group in opt.param_groups:
+        here: list[int] = []
+        for p in group["params"]:
+            g = p.grad
+            if g is not None:
+                here.append(at)
+            flat.append(p)
+            grads.append(g)
+            at += 1
+        if here:
+            runs.append((group, here))
+    active = runs[0][1] if len(runs) == 1 else [i for _, here in runs for i in here]
+    if not active:
+        return None
+    if at != len(opt._slots):
+        opt._find_slots()  # somebody has changed the groups
+    device = _checks.check_tensors(opt, flat, grads, active)
+    sharded = _sharded.is_sharded(flat)
+    if sharded and traced:
+        raise _checks.compiled_and_sharded()
+    loss = _checks.as_loss(loss, device)
+    needs = opt._rule.optimizer.needs
+    if sharded and "loss" in needs:
+        loss = _sharded.mean_loss(loss, flat)
+    only_start = not traced and asks_for_state(
+        opt.state, opt.param_groups, [grads[i] for i in active]
+    )
+    if not only_start:
+        _checks.check_given(needs, loss, extras)
+    weights = opt._weights_on(device)
+    states = _states.fetch(opt, flat, active, weights)
+    if only_start:
+        return None
+    skips = opt._nonfinite == "skip"
+    # On a CPU a look at a value is free; shards are updated after an exchange of values anyway.
+    masked = skips and (traced or device.type != "cpu") and not sharded
+    if opt._nonfinite != "allow" and not masked and device.type != "meta":
+        read = loss if "loss" in needs else None
+        if not bool(all_finite([grads[i] for i in active], read, flat if sharded else ())):
+            if not skips:
+                raise _checks.not_finite([(opt._label(i), grads[i]) for i in active], read)
+            _states.spread(opt, {SKIPPED: _states.skipped_steps(opt) + 1})
+            return None
+    in_place = traced or any(group["capturable"] for group in opt.param_groups)
+    if in_place:
+        _states.own_memory(opt)
+    keys = opt._keys()
+    params: list[Any] = flat
+    leaves: list[Any] = [{}] * at
+    slots = opt._slots
+    if len(active) < at:
+        params = [None] * at
+        for i in active:
+            params[i] = flat[i]
+    for i in active:
+        leaves[i] = slots[i].read(states[i])
+    shared = opt._shared_slots.read(_states.holder_of(opt, opt._shared_slots) or {})
+    groups = [
+        GroupOptions([keys[i] for i in here], *numbers(group, traced), group["maximize"])
+        for group, here in runs
+    ]
+    inputs = Inputs(
+        weights,
+        opt._tree(params),
+        opt._tree(grads),
+        Hidden(opt._tree(leaves), shared),
+        groups,
+        loss,
+        extras,
+        _states.skipped_steps(opt) if masked else None,
+        sharded,
+        in_place,
+        traced or active != opt._clean_for,
+    )
+    return Call(inputs, states, active, device)
+
+
+def numbers(group: dict[str, Any], as_tensors: bool) -> tuple[Any, Any]:
+    """Learning rate and decay of a group, as tensors where numbers would be compiled in."""
+    lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.detach().reshape(())
+    elif as_tensors:
+        lr = torch.tensor(float(lr), dtype=torch.float64)
+    if isinstance(decay, Tensor):
+        decay = decay.detach().reshape(())
+    elif as_tensors and decay != 0:
+        decay = torch.tensor(float(decay), dtype=torch.float64)
+    return lr, decay

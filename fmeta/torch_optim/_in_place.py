@@ -1,0 +1,105 @@
+"""What changes in place: parameters, and the hidden state where its memory has to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+
+__all__ = ["apart", "move", "write"]
+
+Tree = Any
+
+
+def move(
+    params: list[Tensor], delta: list[Tensor], lr: Any, weight_decay: Any, finite: Tensor | None
+) -> None:
+    """``p += lr * delta - lr * weight_decay * p``, in the compute dtype, cast once.
+
+    With ``finite`` False (a scalar tensor) the parameters stay as they are, bit for bit.
+    """
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    kept = 1 - lr * weight_decay if decays else 1.0
+    if finite is not None:
+        # Minus zero is what leaves every number as it is, +0 and -0 too.
+        delta = [torch.where(finite, d, -0.0) for d in delta]
+        if decays:
+            kept = torch.where(finite, kept, 1.0)
+    full: list[int] = []
+    low: list[int] = []
+    for i, p in enumerate(params):
+        (full if p.dtype is trees.compute_dtype(p) else low).append(i)
+    if full:
+        own, change = params, delta
+        if low:
+            own, change = [params[i] for i in full], [delta[i] for i in full]
+        change = [
+            d if d.dtype is p.dtype else d.to(p.dtype) for p, d in zip(own, change, strict=True)
+        ]
+        if decays:
+            torch._foreach_mul_(own, kept)
+        if isinstance(lr, Tensor):
+            torch._foreach_add_(own, torch._foreach_mul(change, lr))
+        else:
+            torch._foreach_add_(own, change, alpha=lr)
+    if low:
+        own = [params[i] for i in low]
+        dtypes = [trees.compute_dtype(p) for p in own]
+        wide = [p.to(t) for p, t in zip(own, dtypes, strict=True)]
+        change = [delta[i].to(t) for i, t in zip(low, dtypes, strict=True)]
+        if decays:
+            torch._foreach_mul_(wide, kept)
+        torch._foreach_add_(wide, torch._foreach_mul(change, lr))
+        torch._foreach_copy_(own, wide)
+
+
+def write(old: Tree, new: Tree, delta: Tensor | None = None) -> Tensor | None:
+    """Copies a new state into the memory of the old one; returns ``delta``, apart from it.
+
+    An entry that takes the old value of another one is copied before that is overwritten.
+    """
+    targets, found = trees.leaves(old), trees.leaves(new)
+
+    def safe(x: Tensor) -> Tensor:
+        return x.clone() if any(x is o for o in targets) else x
+
+    pairs = [
+        (o, safe(n))
+        for o, n in zip(targets, found, strict=True)
+        if isinstance(o, Tensor) and o is not n
+    ]
+    if delta is not None:
+        delta = safe(delta)
+    for o, n in pairs:
+        o.copy_(n)
+    return delta
+
+
+def apart(
+    inputs: Sequence[Tensor], leaves: dict[Any, Any], shared: Tree
+) -> tuple[dict[Any, Any], Tree, bool]:
+    """The state with copies of what uses the memory of ``inputs``, and whether there was none.
+
+    Parameters and gradients change in place; a rule may well return one of them as its state.
+    """
+    taken = {_memory(x) for x in inputs}
+    clean = True
+
+    def own(x: Any) -> Any:
+        nonlocal clean
+        if not isinstance(x, Tensor) or not x.numel() or _memory(x) not in taken:
+            return x
+        clean = False
+        return x.clone()
+
+    return trees.map(own, leaves), trees.map(own, shared), clean
+
+
+def _memory(x: Tensor) -> Any:
+    if x.device.type == "meta" or type(x) not in (Tensor, torch.nn.Parameter):
+        return id(x)
+    return (x.device, x.untyped_storage().data_ptr())

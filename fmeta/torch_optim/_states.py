@@ -1,0 +1,91 @@
+"""The hidden state of all parameters in the dict of `torch.optim.Optimizer`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta.torch_optim._in_place import apart
+from fmeta.torch_optim._slots import SKIPPED, Slots, started
+
+__all__ = ["fetch", "holder_of", "own_memory", "skipped_steps", "spread"]
+
+Tree = Any
+
+
+def fetch(opt: Any, flat: Sequence[Tensor], active: Sequence[int], weights: Tree) -> list[Any]:
+    """The dict of each active parameter; those that have none yet get the rule's first state."""
+    state, slots = opt.state, opt._slots
+    found: list[Any] = [None] * len(flat)
+    new = []
+    for i in active:
+        found[i] = own = state.get(flat[i])
+        if own is None or not slots[i].held_by(own):
+            if slots[i].keys or opt._shared_slots.keys or opt._nonfinite == "skip":
+                new.append(i)
+            else:
+                found[i] = {}  # a rule without state leaves none, as torch's do
+    holder = holder_of(opt, opt._shared_slots)
+    if not new:
+        return found
+    some: list[Any] = [None] * len(flat)
+    for i in new:
+        some[i] = flat[i]
+    rule = opt._rule
+    hidden = started(rule.optimizer, weights, opt._tree(some), opt._horizon())
+    keys = opt._keys()
+    leaves, shared, _ = apart(
+        [flat[i] for i in new], {i: hidden.leaves[keys[i]] for i in new}, hidden.shared
+    )
+    common = opt._shared_slots.entries(shared)
+    if holder is not None:
+        common = {k: holder[k] for k in opt._shared_slots.keys}
+    if opt._nonfinite == "skip":
+        common = {**common, SKIPPED: skipped_steps(opt).to(flat[new[0]].device)}
+    for i in new:
+        found[i] = {**(found[i] or {}), **slots[i].entries(leaves[i]), **common}
+        state[flat[i]] = found[i]
+    opt._owned = False
+    return found
+
+
+def holder_of(opt: Any, slots: Slots) -> Any:
+    """The first parameter's dict that holds the state of the whole model."""
+    for own in opt.state.values():
+        if isinstance(own, dict) and slots.held_by(own):
+            return own
+    return None
+
+
+def spread(opt: Any, entries: dict[str, Any]) -> None:
+    """Stores what belongs to the whole model with every parameter that has state."""
+    if entries:
+        for own in opt.state.values():
+            if isinstance(own, dict):
+                own.update(entries)
+
+
+def own_memory(opt: Any) -> None:
+    """Gives every tensor of the state memory of its own, to be written to from now on."""
+    if opt._owned:
+        return
+    common = set(opt._shared_slots.keys) | {SKIPPED}
+    holder = holder_of(opt, opt._shared_slots) or {}
+    spread(opt, {k: x.clone() for k, x in holder.items() if k in common})
+    for own in opt.state.values():
+        if isinstance(own, dict):
+            for k, x in own.items():
+                if k not in common and isinstance(x, Tensor):
+                    own[k] = x.clone()
+    opt._owned = True
+
+
+def skipped_steps(opt: Any) -> Tensor:
+    """The count of skipped steps, 0 before the first step."""
+    for own in opt.state.values():
+        if isinstance(own, dict) and SKIPPED in own:
+            return own[SKIPPED]
+    return torch.zeros((), dtype=torch.int64)
