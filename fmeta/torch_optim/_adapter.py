@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fmeta import trees
 from fmeta.torch_optim import _checks, _states
 from fmeta.torch_optim._advance import Outputs, advance
 from fmeta.torch_optim._before import Call, prepare
+from fmeta.torch_optim._evaluation import put_back, swap_in
 from fmeta.torch_optim._graphs import kept_out, looked_through
 from fmeta.torch_optim._loading import loaded_exactly
 from fmeta.torch_optim._rule import find_rule
@@ -96,6 +97,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._compiled: Any = None
         self._owned = False  # whether no two tensors of the state share memory
         self._clean_for: list[int] | None = None  # the update was checked for these parameters
+        self._kept: list[tuple[Tensor, Tensor]] | None = None  # parameters, while evaluating
         self._weights: tuple[Any, Tree] | None = None
         defaults = {
             "lr": lr,
@@ -108,6 +110,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             "num_steps": num_steps,
         }
         super().__init__(params, defaults)
+        _checks.check_some(self.param_groups)
         rule = find_rule(name_or_optimizer, opt_params, self._param_tree)
         _checks.check_horizon(rule, num_steps)
         self._rule = rule
@@ -183,6 +186,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @looked_through
     def _step(self, closure: Any, loss: Any, extras: Any, traced: bool) -> Any:
         value = None
+        if self._kept is not None:
+            raise _checks.evaluating("step")
         if closure is not None:
             _checks.check_closure(closure)
             with torch.enable_grad():
@@ -238,6 +243,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """How many steps had no effect because of gradients that were not finite (int64)."""
         return _states.skipped_steps(self)
 
+    # Evaluation
+
+    def eval(self) -> None:
+        """Puts the rule's parameters for evaluation (an average, say) into the model.
+
+        Most rules have none, and nothing changes. `train` takes them back; until then there is no
+        step.
+        """
+        if self._kept is None:
+            self._kept = swap_in(self)
+
+    def train(self) -> None:
+        """Ends what `eval` began: the parameters are those of training again, bit for bit."""
+        if self._kept is not None:
+            put_back(self._kept)
+            self._kept = None
+
+    @contextlib.contextmanager
+    def eval_params(self) -> Iterator[None]:
+        """`eval` and, whatever happens, `train` again: ``with opt.eval_params(): ...``."""
+        was = self._kept
+        self.eval()
+        try:
+            yield
+        finally:
+            if was is None:
+                self.train()
+
     # Saving and loading
 
     @kept_out
@@ -247,6 +280,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a state of another rule or of other weights.
         """
+        if self._kept is not None:
+            raise _checks.evaluating("load_state_dict")
         with loaded_exactly(self):
             super().load_state_dict(state_dict)
 
@@ -258,8 +293,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         rule = self._rule
         learned = sum(x.numel() for x in trees.leaves(rule.opt_params) if isinstance(x, Tensor))
-        head = f"rule {rule.name}, {learned} weights {rule.digest[:12]}"
-        return super().__repr__().replace(" (", f" ({head}", 1)
+        lines = [
+            f"Rule {rule.name}",
+            f"    weights: {learned}" + (f", hash {rule.digest[:12]}" if learned else ""),
+            f"    parameters: {len(self._slots)}, {sum(map(bool, self.state.values()))} with state",
+        ]
+        return super().__repr__()[:-1] + "\n".join([*lines, ")"])
 
 
 @kept_out

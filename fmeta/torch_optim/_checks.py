@@ -18,8 +18,10 @@ __all__ = [
     "check_group",
     "check_horizon",
     "check_options",
+    "check_some",
     "check_tensors",
     "compiled_and_sharded",
+    "evaluating",
     "not_finite",
 ]
 
@@ -142,6 +144,22 @@ def compiled_and_sharded() -> Exception:
         "parameters that are sharded (DTensor) are gathered in a step, which cannot be compiled: "
         "leave out compile=True or torch.compile(opt.step)"
     )
+
+
+def evaluating(what: str) -> Exception:
+    """The error for what must not happen between ``opt.eval()`` and ``opt.train()``."""
+    return RuntimeError(
+        f"{what} while the model holds the parameters for evaluation: call opt.train() first"
+    )
+
+
+def check_some(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises a ValueError when there is nothing to train."""
+    if not any(group["params"] for group in groups):
+        raise ValueError(
+            "no group has any parameters: give model.parameters() (a generator that was used up "
+            "before is empty), and see which have requires_grad"
+        )
 
 
 def not_finite(grads: Sequence[tuple[str, Any]], loss: Tensor | None) -> Exception:
