@@ -1,7 +1,7 @@
 """Small trainings that give the same numbers in one process and in several.
 
-The functions of a ``folder`` run on every rank (`conftest.in_processes`); those that take a rule run
-in the test's own process too, where there is one rank.
+The functions of a ``folder`` run on every rank (`conftest.in_processes`), the others in the test's
+own process too, where there is one rank.
 """
 
 import torch
@@ -21,12 +21,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fmeta
-from fmeta.torch_optim import LearnedOptimizer
+from fmeta.torch_optim import LearnedOptimizer, _sharded
 
 STEPS, BATCH, TOKENS, WIDTH = 6, 8, 3, 4
 
 # Rules that look at a coordinate, a matrix, a matrix and its neighbours, the whole tree.
 RULES = {
+    "sgd": lambda: fmeta.optimizers.sgd(lr=0.05),
     "adam": lambda: fmeta.optimizers.adam(lr=0.01),
     "normalized_mlp": lambda: fmeta.optimizers.normalized_mlp(lr=0.01),
     "basis_mlp": lambda: fmeta.optimizers.basis_mlp(),
@@ -84,18 +85,18 @@ def optimizer(params, rule):
     return LearnedOptimizer(params, RULES[rule](), lr=0.5, num_steps=num_steps)
 
 
-def train(model, opt, first=0, last=STEPS, clip=None):
-    """Steps ``first`` to ``last``, each rank on its own part of the batch."""
+def train(model, opt, first=0, last=STEPS, before_step=None):
+    """Steps ``first`` to ``last``, each rank on its own part of the batch.
+
+    ``before_step(model, t, loss)`` runs between gradient and step, and gives arguments for it.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    norms = []
-    for x, y in batches()[first:last]:
+    for t, (x, y) in list(enumerate(batches()))[first:last]:
         x, y = (z.chunk(size)[rank] for z in (x, y))
         opt.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        if clip is not None:
-            norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), clip)))
-        opt.step()
-    return norms
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        opt.step(**(before_step(model, t, loss) or {} if before_step else {}))
 
 
 def whole(x):
@@ -115,7 +116,10 @@ def ddp(folder):
         model = nn.parallel.DistributedDataParallel(net())
         train(model, optimizer(model.parameters(), rule))
         found[rule] = weights(model.module)
-    return found
+    model = nn.parallel.DistributedDataParallel(net())
+    opt, before_step = by_loss(model)
+    train(model, opt, before_step=before_step)
+    return {**found, "by_loss": weights(model.module)}
 
 
 def fsdp(folder):
@@ -124,7 +128,9 @@ def fsdp(folder):
     ``folder`` holds checkpoints of one process after half of the steps, in ``one``; those of the
     two processes go to ``two`` (sharded) and ``whole`` (one file).
     """
-    return {rule: fsdp_of(rule, folder) for rule in RULES}
+    # torch broadcasts no state that is empty, be it of its own SGD.
+    found = {rule: fsdp_of(rule, folder) for rule in RULES if rule != "sgd"}
+    return {**found, **{name: variant(name, shard) for name in VARIANTS}}
 
 
 def fsdp_of(rule, folder):
@@ -160,12 +166,85 @@ def fsdp_of(rule, folder):
     return found
 
 
-def clipped_fsdp(folder):
-    """Weights and norms under FSDP2 with torch's own clipping."""
+class ByLoss:
+    """The step is the longer the higher the loss."""
+
+    needs = frozenset({"loss"})
+    init = staticmethod(lambda generator: {})
+    init_hidden = staticmethod(lambda th, p: {"count": torch.zeros((), dtype=torch.int64)})
+
+    @staticmethod
+    def update(th, p, g, h, loss, extras):
+        return -0.1 * loss / (1 + loss) * g, {"count": h["count"] + 1}
+
+
+def by_loss(model):
+    return LearnedOptimizer(model.parameters(), fmeta.tensorwise(ByLoss)), lambda model, t, loss: {
+        "loss": mean(loss) if isinstance(model, nn.parallel.DistributedDataParallel) else loss
+    }
+
+
+def mean(loss):
+    """Over the processes, as DDP and FSDP do with gradients."""
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+def clip_by_torch(model):
+    def before_step(model, t, loss):
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+        assert norm > 0.1, norm
+
+    return optimizer(model.parameters(), "adam"), before_step
+
+
+def broken(model):
+    """One infinite number in the gradient of the third step, on one process."""
+
+    def before_step(model, t, loss):
+        if t == 2:
+            grad = model.block.up.weight.grad
+            if sharded(grad):
+                grad = grad.to_local()[: 1 - dist.get_rank()]
+            grad[:1, 0] = float("inf")
+
+    rule = fmeta.optimizers.adam(lr=0.01)
+    opt = LearnedOptimizer(model.parameters(), rule, lr=0.5, nonfinite="skip")
+    return opt, before_step
+
+
+def grouped(model):
+    """Groups with options of their own, a learning rate that is a tensor, a rate a leaf."""
+    rates = {n: 0.01 * (i + 1) for i, (n, _) in enumerate(model.named_parameters())}
+    groups = [
+        {"params": list(model.block.named_parameters("block")), "weight_decay": 0.1},
+        {
+            "params": list(model.head.named_parameters("head")),
+            "lr": torch.tensor(0.3),
+            "maximize": True,
+        },
+    ]
+    return LearnedOptimizer(groups, fmeta.optimizers.adam(lr=rates), lr=0.5), None
+
+
+def few_at_once(model):
+    """As `grouped`, with no room for two large leaves at a time."""
+    _sharded._AT_ONCE = 10
+    return grouped(model)
+
+
+VARIANTS = {f.__name__: f for f in (by_loss, clip_by_torch, broken, grouped, few_at_once)}
+
+
+def variant(name, shard=lambda model: model):
+    """Weights after a training of that kind."""
+    before = _sharded._AT_ONCE
     model = shard(net())
-    opt = optimizer(model.parameters(), "adam")
-    norms = train(model, opt, clip=0.1)
-    return weights(model), norms
+    opt, before_step = VARIANTS[name](model)
+    train(model, opt, before_step=before_step)
+    _sharded._AT_ONCE = before
+    return {"weights": weights(model), "skipped": int(opt.skipped_steps)}
 
 
 def shard(model):

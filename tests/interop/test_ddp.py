@@ -24,3 +24,9 @@ def test_two_processes_train_as_one_does(rule, parallel, found):
         assert_close(result[rule], want, rtol=1e-10, atol=1e-10)
     for name in want:  # the processes agree to the last bit
         assert torch.equal(found[0][rule][name], found[1][rule][name])
+
+
+def test_a_rule_reads_the_mean_loss(parallel, found):
+    want = parallel.variant("by_loss")["weights"]
+    for result in found:
+        assert_close(result["by_loss"], want, rtol=1e-10, atol=1e-10)
