@@ -36,7 +36,9 @@ def test_a_rule_comes_back_with_its_weights(tmp_path, name):
         assert torch.equal(a, b)
     original = optimizers.get(name)()
     new, want = (
-        o.step(th, PARAMS, PARAMS, o.init_hidden(th, PARAMS, num_steps=3))[0]
+        o.step(
+            th, PARAMS, PARAMS, o.init_hidden(th, PARAMS, num_steps=3), loss=torch.tensor(0.7)
+        )[0]
         for o, th in ((rule, got), (original, weights))
     )
     assert all(torch.equal(new[k], want[k]) for k in PARAMS)

@@ -14,6 +14,7 @@ from fmeta.optimizers._muon import muon
 from fmeta.optimizers._normalized_mlp import normalized_mlp
 from fmeta.optimizers._rmsprop import rmsprop
 from fmeta.optimizers._sgd import per_parameter_sgd, sgd
+from fmeta.optimizers._velo import velo
 
 __all__ = [
     "BUILDERS",
@@ -28,6 +29,7 @@ __all__ = [
     "per_parameter_sgd",
     "rmsprop",
     "sgd",
+    "velo",
 ]
 
 # Every builder by its name. All but `per_parameter_sgd` (which takes the parameter tree first) can
@@ -45,6 +47,7 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
         lstm,
         normalized_mlp,
         basis_mlp,
+        velo,
     )
 }
 

@@ -106,13 +106,13 @@ def test_steps(name, dtype):
         th, params = on("cuda", th), trees.cast(on("cuda", REAL), dtype)
         hidden = rule.init_hidden(th, params, num_steps=5)
         assert_on_cuda(hidden)
-        p = params
+        p, loss = params, torch.ones((), device="cuda")
         for _ in range(2):
-            p, hidden = rule.step(th, p, trees.map(torch.ones_like, p), hidden)
+            p, hidden = rule.step(th, p, trees.map(torch.ones_like, p), hidden, loss=loss)
             assert_on_cuda((p, hidden))
         assert [x.shape for x in trees.leaves(p)] == [x.shape for x in trees.leaves(REAL)]
         tasks = trees.map(lambda x: torch.stack([x, x]), (p, p, hidden))
-        assert_on_cuda(torch.vmap(lambda p, g, h: rule.step(th, p, g, h))(*tasks))
+        assert_on_cuda(torch.vmap(lambda p, g, h: rule.step(th, p, g, h, loss=loss))(*tasks))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -122,7 +122,8 @@ def test_a_mix_of_devices_is_caught(name):
         th, params = on("cuda", th), on("cuda", REAL)
         hidden = rule.init_hidden(th, params, num_steps=5)
         with pytest.raises((ValueError, RuntimeError), match=MIX):
-            rule.step(th, params, on("cpu", params), hidden)
+            loss = torch.ones((), device="cuda")
+            rule.step(th, params, on("cpu", params), hidden, loss=loss)
         mixed = {"a": params["conv"], "b": on("cpu", params["conv"])}
         with pytest.raises(ValueError, match="mix devices: a is on cuda:0, b on cpu"):
             rule.init_hidden(th, mixed, num_steps=5)

@@ -20,7 +20,7 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"muon", "normalized_mlp", "basis_mlp"}
+AXES = {"muon", "normalized_mlp", "basis_mlp", "velo"}
 OF_A_TREE = {"per_parameter_sgd"}
 
 RULES = {
@@ -93,7 +93,7 @@ def test_any_gradients_keep_everything_finite(name, data):
     for _ in range(data.draw(step_counts(3))):
         grads = data.draw(gradients(params))
         before = p
-        p, h = rule.step(th, p, grads, h)
+        p, h = rule.step(th, p, grads, h, loss=torch.tensor(0.7))
         for old, g, new in zip(*map(trees.leaves, (before, grads, p)), strict=True):
             assert new.isfinite().all()
             assert (new.dtype, new.shape) == (old.dtype, old.shape)
