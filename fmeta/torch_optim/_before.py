@@ -68,8 +68,10 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
     needs = opt._rule.optimizer.needs
     if sharded and "loss" in needs:
         loss = _sharded.mean_loss(loss, flat)
-    only_start = not traced and asks_for_state(
-        opt.state, opt.param_groups, [grads[i] for i in active]
+    only_start = (
+        not traced
+        and device.type != "meta"
+        and asks_for_state(opt.state, opt.param_groups, [grads[i] for i in active])
     )
     if not only_start:
         _checks.check_given(needs, loss, extras)

@@ -16,19 +16,25 @@ Tree = Any
 
 
 def move(
-    params: list[Tensor], delta: list[Tensor], lr: Any, weight_decay: Any, finite: Tensor | None
+    params: list[Tensor],
+    delta: list[Tensor],
+    lr: Any,
+    weight_decay: Any,
+    finite: Tensor | None = None,
 ) -> None:
     """``p += lr * delta - lr * weight_decay * p``, in the compute dtype, cast once.
 
     With ``finite`` False (a scalar tensor) the parameters stay as they are, bit for bit.
     """
+    if finite is not None:
+        moved = [p.clone() for p in params]
+        move(moved, delta, lr, weight_decay)
+        torch._foreach_copy_(
+            params, [torch.where(finite, m, p) for m, p in zip(moved, params, strict=True)]
+        )
+        return
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     kept = 1 - lr * weight_decay if decays else 1.0
-    if finite is not None:
-        # Minus zero is what leaves every number as it is, +0 and -0 too.
-        delta = [torch.where(finite, d, -0.0) for d in delta]
-        if decays:
-            kept = torch.where(finite, kept, 1.0)
     full: list[int] = []
     low: list[int] = []
     for i, p in enumerate(params):

@@ -31,8 +31,10 @@ def fetch(opt: Any, flat: Sequence[Tensor], active: Sequence[int], weights: Tree
     holder = holder_of(opt, opt._shared_slots)
     if not new:
         return found
+    # What belongs to the whole model starts from all that may ever be updated.
+    whole = holder is None and opt._shared_slots.keys
     some: list[Any] = [None] * len(flat)
-    for i in new:
+    for i in {*new, *(i for i, p in enumerate(flat) if whole and p.requires_grad)}:
         some[i] = flat[i]
     rule = opt._rule
     hidden = started(rule.optimizer, weights, opt._tree(some), opt._horizon())
