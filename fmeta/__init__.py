@@ -8,7 +8,7 @@ optimizer, the initial parameters of a model, or both) can be learned by differe
 import importlib
 from typing import Any
 
-from fmeta import functional, optimizers, pretrained, random, trees
+from fmeta import functional, optimizers, pretrained, random, schedules, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._learn import learn
 from fmeta._scan import scan
@@ -69,6 +69,7 @@ __all__ = [
     "random",
     "scan",
     "scheduled",
+    "schedules",
     "tensorwise",
     "to_transform",
     "trees",

@@ -27,11 +27,12 @@ def scheduled(
 
     Args:
         optimizer: any `Optimizer`.
-        schedule: ``schedule(t, num_steps) -> factor``; t counts the updates before this one (0 at
-            the first), as a scalar tensor in the compute dtype, as is ``num_steps``, which is
-            ``None`` when `init_hidden` was called without.
+        schedule: ``schedule(t, num_steps) -> factor``, of `fmeta.schedules` or your own; t counts
+            the updates before this one (0 at the first), as a scalar tensor in the compute dtype,
+            as is ``num_steps``, which is ``None`` when `init_hidden` was called without.
         needs: ``{"num_steps"}`` when the schedule cannot do without the horizon: then a missing
-            one is an error of `init_hidden` that names it.
+            one is an error of `init_hidden` that names it. Those of `fmeta.schedules` say so
+            themselves.
 
     Returns:
         An `Optimizer` with the same ``opt_params``; the global t stands in ``hidden.shared``.
@@ -42,7 +43,7 @@ def scheduled(
             f"schedule must be a function of (t, num_steps), got {schedule!r}: for a constant "
             "factor give lambda t, num_steps: factor"
         )
-    all_needs = optimizer.needs | as_needs(needs)
+    all_needs = optimizer.needs | as_needs(needs) | as_needs(getattr(schedule, "needs", ()))
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(all_needs, num_steps)
