@@ -66,8 +66,11 @@ class Leaves:
 
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Parameter and gradient of leaf i in the compute dtype."""
-        dtype = trees.compute_dtype(self.params[i])
-        return self.params[i].to(dtype), self.grads[i].to(dtype)
+        p, g = self.params[i], self.grads[i]
+        dtype = trees.compute_dtype(p)
+        if p.dtype is dtype and g.dtype is dtype:
+            return p, g  # a `.to` costs as much as a small operation
+        return p.to(dtype), g.to(dtype)
 
     def tree(self, values: Sequence[Any]) -> Tree:
         return trees.unflatten(self.spec, values)

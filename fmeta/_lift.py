@@ -27,6 +27,8 @@ Tree = Any
 # do, 4 cost two thirds, 16 a third; above 2**13 elements the copies cost more than the calls saved.
 _MAX_STACKED_NUMEL = 2**13
 _MIN_STACK = 4
+# A stack stays in the cache from one operation to the next.
+_STACK_NUMEL = 2**16
 
 
 def lift(
@@ -80,17 +82,22 @@ def lift(
             at.check_shapes()
         given = {"loss": loss, "extras": extras}
         extra = {k: given[k] for k in update_keywords}
-        named = {
-            name: per_leaf(value, model_params, at.spec, name, like_params=elementwise)
-            for name, value in (hypers(opt_params) if hypers else {}).items()
-        }
+        common, named = {}, {}
+        for name, value in (hypers(opt_params) if hypers else {}).items():
+            if isinstance(value, (int, float)):
+                common[name] = value  # the same for all leaves, of any dtype
+            else:
+                named[name] = per_leaf(value, model_params, at.spec, name, like_params=elementwise)
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         weights: dict[torch.dtype, Tree] = {}
         members = set(at.active)
         candidates = [p if i in members else None for i, p in enumerate(at.params)]
         for group in trees.shape_classes(
-            candidates, max_numel=_MAX_STACKED_NUMEL if stacked else -1, min_size=_MIN_STACK
+            candidates,
+            max_numel=_MAX_STACKED_NUMEL if stacked else -1,
+            min_size=_MIN_STACK,
+            total=_STACK_NUMEL,
         ):
             dtype = trees.compute_dtype(at.params[group[0]])
             if dtype not in weights:
@@ -107,11 +114,11 @@ def lift(
             try:
                 if len(group) == 1:
                     p, g, s, h = rows[0]
-                    results = [update_leaf(theta, p, g, s, **h, **extra)]
+                    results = [update_leaf(theta, p, g, s, **common, **h, **extra)]
                 elif elementwise:
-                    results = _broadcast_group(update_leaf, theta, rows, extra)
+                    results = _broadcast_group(update_leaf, theta, rows, {**common, **extra})
                 else:
-                    results = _vmap_group(update_leaf, theta, rows, extra)
+                    results = _vmap_group(update_leaf, theta, rows, {**common, **extra})
             except RULE_ERRORS as error:
                 started = functools.partial(_started, init_leaf, theta, at.pair(group[0])[0])
                 better = at.explained(error, init, opt_params, started)

@@ -7,6 +7,7 @@ insertion order does not matter. Paths are written with ``/``: ``encoder/0.weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -192,7 +193,7 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
 
 
 def shape_classes(
-    tensors: Sequence[Tensor | None], *, max_numel: int, min_size: int
+    tensors: Sequence[Tensor | None], *, max_numel: int, min_size: int, total: int
 ) -> list[list[int]]:
     """Groups of indices of tensors that are worth stacking: same shape and dtype, small, many.
 
@@ -202,6 +203,7 @@ def shape_classes(
         tensors: leaves; ``None`` ones are in no group.
         max_numel: tensors with more elements are groups of one.
         min_size: a class with fewer tensors than this is split into groups of one.
+        total: elements of a group at most (but ``min_size`` tensors are always one).
     """
     classes: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -212,7 +214,14 @@ def shape_classes(
         classes.setdefault(key, []).append(i)
     groups: list[list[int]] = []
     for members in classes.values():
-        groups += [members] if len(members) >= min_size else [[i] for i in members]
+        if len(members) < min_size:
+            groups += [[i] for i in members]
+            continue
+        # Of about equal sizes: as few shapes of stacks as possible, none of them small.
+        numel = max(1, tensors[members[0]].numel())  # type: ignore[union-attr]
+        most = max(min_size, total // numel)
+        size = math.ceil(len(members) / math.ceil(len(members) / most))
+        groups += [members[i : i + size] for i in range(0, len(members), size)]
     return groups
 
 

@@ -114,5 +114,13 @@ def test_cast_leaves_integers_and_numbers_alone():
 def test_shape_classes_stack_small_leaves_of_one_shape_and_dtype():
     small, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
     leaves = [small, torch.ones(9), wide, None, small, torch.ones(9), small, wide]
-    groups = trees.shape_classes(leaves, max_numel=4, min_size=3)
+    groups = trees.shape_classes(leaves, max_numel=4, min_size=3, total=100)
     assert sorted(groups) == [[0, 4, 6], [1], [2], [5], [7]]
+
+
+def test_shape_classes_are_of_about_equal_and_bounded_size():
+    groups = trees.shape_classes([torch.ones(2)] * 10, max_numel=4, min_size=2, total=8)
+    assert [len(g) for g in groups] == [4, 4, 2]
+    assert sorted(i for g in groups for i in g) == list(range(10))
+    empty = trees.shape_classes([torch.ones(0)] * 3, max_numel=4, min_size=2, total=8)
+    assert empty == [[0, 1, 2]]

@@ -111,9 +111,9 @@ def _all_about(builder: Callable[..., Optimizer]) -> str:
     signature = inspect.signature(builder)
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     plain = inspect.Signature(parameters)
+    needs = ", ".join(sorted(rule.needs)) or "gradients alone"
     return (
         f"{builder.__name__}{plain}\n\n{inspect.getdoc(builder)}\n\n"
-        f"learns {learns or 'nothing'}; {_hidden_bytes(rule):.3g} bytes of hidden state a parameter "
-        f"of a {_SIDE} x {_SIDE} matrix; needs {', '.join(sorted(rule.needs)) or 'gradients alone'}"
-        "\n"
+        f"learns {learns or 'nothing'}; needs {needs}; {_hidden_bytes(rule):.3g} bytes of hidden "
+        f"state a parameter of a {_SIDE} x {_SIDE} matrix\n"
     )
