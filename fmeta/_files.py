@@ -24,6 +24,7 @@ __all__ = [
     "naming",
     "read_json",
     "read_metadata",
+    "read_tensors",
     "remove_leftovers",
     "save_tree",
     "writable_folder",
@@ -123,7 +124,7 @@ def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = Fals
         ValueError: no safetensors file, or arrays that are missing, superfluous or of another
             shape or dtype (with their names).
     """
-    tensors = _read(path)
+    tensors = read_tensors(path)
     names = list(by_path(like))
     missing = [n for n in names if n not in tensors]
     extra = [n for n in tensors if n not in names]
@@ -155,7 +156,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name."""
     read_metadata(path)
     with torch.no_grad():
         return safetensors.torch.load_file(str(path))

@@ -66,7 +66,7 @@ def velo(
         param_inits: P, the number of banks.
         hidden_size, hidden_layers: of the small network.
         initial_momentum_decays, initial_rms_decays, initial_adafactor_decays: three, one and three
-            decays.
+            decays, rounded to float32.
         exp_mult, step_mult: as above.
         lr: factor of all steps: a number or a scalar tensor.
         weight_decay: after the step ``p *= 1 - lr * weight_decay``.
@@ -251,4 +251,5 @@ def _decays(name: str, values: Sequence[float], count: int) -> tuple[float, ...]
     found = tuple(float(x) for x in values)
     if len(found) != count or not all(0 <= x <= 1 for x in found):
         raise ValueError(f"{name} must be {count} numbers from 0 to 1, got {values!r}")
-    return found
+    # Both references hold them in float32, where 1 - .999 is 1.3e-5 off: weights learned with it.
+    return tuple(torch.tensor(found, dtype=torch.float32).tolist())

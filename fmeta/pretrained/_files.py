@@ -1,13 +1,17 @@
-"""fmeta's own weight files."""
+"""Weight files: fmeta's own are written and read, those of PyLO are read."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fmeta import _files, optimizers, trees
 from fmeta.optimizer import Optimizer
+from fmeta.pretrained._pylo import Found, recognised
+from fmeta.pretrained._sources import PICKLED, Source, arrays_in, weight_files
 
 __all__ = ["load", "save"]
 
@@ -40,20 +44,33 @@ def save(
     _files.save_tree(path, opt_params, {_KEY: header})
 
 
-def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimizer, Any]:
-    """Reads weights that `save` wrote.
+def load(path: Source | Sequence[Source], **builder_arguments: Any) -> tuple[Optimizer, Any]:
+    """Reads weights that `save` wrote, or those of PyLO's networks.
+
+    PyLO's ``MetaMLP`` (the weights of AdafacLO and MuLO) becomes `fmeta.optimizers.adafactor_mlp`
+    with the step size and the decays that PyLO uses with it, which are not in the file; MuLO's
+    smaller rates for wide layers (muP) are the caller's: groups with their own ``lr``. ``CELO2MLP``
+    becomes `fmeta.optimizers.normalized_mlp` with its default arguments (``orthogonalize=True`` and
+    a schedule are PyLO's). ``VeLOMLP`` and ``VeLORNN``, both of them, become
+    `fmeta.optimizers.velo`, with ``lr=1``. Names and shapes of the arrays tell which network it is.
 
     Args:
-        path: a ``.safetensors`` file.
-        **builder_arguments: override those in the file (another ``lr``, say).
+        path: a ``.safetensors`` file; a ``.pt``, ``.pth`` or ``.bin`` file with a state dict, of
+            which tensors only are read (``weights_only=True``: no code in it is run); a folder with
+            such files; or a name on the Hugging Face hub, ``"owner/name"``, which takes the extra
+            ``hub`` and a network. For VeLO two of these, ``load((rnn, mlp))``, or a folder or file
+            that holds both.
+        **builder_arguments: override those in the file, or PyLO's (another ``lr``, say).
 
     Returns:
         ``(optimizer, opt_params)``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole safetensors file, one of another program, or arrays that do not fit
-            the rule (with their names).
+        FileNotFoundError: no such file, or a folder without weights.
+        ModuleNotFoundError: a name on the hub without the extra ``hub``.
+        OSError: a name on the hub that is neither in the cache nor to be had.
+        ValueError: no file of tensors, one of another program, or arrays that do not fit the rule
+            (with their names).
 
     Example:
         >>> import tempfile, fmeta.optimizers
@@ -62,18 +79,52 @@ def load(path: str | os.PathLike[str], **builder_arguments: Any) -> tuple[Optimi
         >>> load(path)[1]
         {'weight': tensor([[-0.5000,  0.0000]])}
     """
-    rule_name, arguments = _header(path)
-    optimizer = _build(rule_name, {**arguments, **builder_arguments})
-    return optimizer, _files.load_tree(path, optimizer.init(), any_float=True)
+    files = weight_files(path)
+    own = [file for file in files if _is_own(file)]
+    if own and len(files) > 1:
+        raise ValueError(
+            f"{path} holds several files with weights, {', '.join(map(str, files))}: give one"
+        )
+    if own:
+        rule_name, arguments = _header(own[0])
+        optimizer = _build(rule_name, {**arguments, **builder_arguments})
+        return optimizer, _files.load_tree(own[0], optimizer.init(), any_float=True)
+    named = ", ".join(map(str, files))
+    arrays = arrays_in(files)
+    try:
+        found = recognised(arrays)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from None
+    if found is None:
+        raise ValueError(
+            f"{named} was not written by fmeta.pretrained.save, for its header names no rule, and "
+            f"is none of PyLO's networks: its arrays are {', '.join(arrays) or 'none'}"
+        )
+    optimizer = _build(found.rule_name, {**found.arguments, **builder_arguments})
+    _check_sizes(named, found, optimizer)
+    return optimizer, found.opt_params
+
+
+def _check_sizes(named: str, found: Found, optimizer: Optimizer) -> None:
+    """Raises when the builder's arguments ask for weights of other sizes than the file's."""
+    like, got = _files.by_path(optimizer.init()), _files.by_path(found.opt_params)
+    for name in like.keys() | got.keys():
+        sizes = [tuple(x[name].shape) if name in x else "none" for x in (got, like)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{named}: the weights give {found.rule_name} an array {name} of shape {sizes[0]}, "
+                f"but with these arguments it takes one of {sizes[1]}: leave out the sizes, they "
+                "are known from the file"
+            )
+
+
+def _is_own(path: Path) -> bool:
+    return path.suffix not in PICKLED and _KEY in _files.read_metadata(path)
 
 
 def _header(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """The rule's name and arguments, from a file's header."""
     metadata = _files.read_metadata(path)
-    if _KEY not in metadata:
-        raise ValueError(
-            f"{path} was not written by fmeta.pretrained.save: its header names no rule"
-        )
     try:
         header = json.loads(metadata[_KEY])
         version = header["format"]
