@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leaves import Leaves
+from fmeta._leaves import Leaves, check_state, start_leaves
 from fmeta._lift import lift
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
@@ -35,7 +35,9 @@ def treewise(rule: Any) -> Optimizer:
               (an RNN over tensors; optional);
             - ``init_shared(opt_params, model_params[, num_steps=]) -> dict``, state of the whole
               model (optional; gets ``num_steps`` when that is in ``needs``);
-            - ``summary(opt_params, param, grad, hidden) -> (S,)``;
+            - ``summary(opt_params, param, grad, hidden) -> (S,)``, or ``observe(opt_params, param,
+              grad, hidden, shared) -> ((S,), hidden)``, which also sees the state of the whole
+              model and may move the tensor's own (its moments, say) before the tensors talk;
             - ``mix(opt_params, summaries: (L, S), tensors: dict of (L, *s), shared[, loss=,
               extras=]) -> (controls: (L, C), tensors, shared)``; L counts the tensors with a
               gradient, in the order of `fmeta.trees.flatten`;
@@ -67,7 +69,7 @@ def treewise(rule: Any) -> Optimizer:
         Wichrowska et al. 1703.04813 (hierarchical RNN); Metz et al. 2211.09760 (VeLO).
     """
     init, init_hidden = required(rule, "init"), required(rule, "init_hidden")
-    summary, mix = required(rule, "summary"), required(rule, "mix")
+    observe, mix = _observing(rule), required(rule, "mix")
     change = delta_of(rule)
     init_tensor: Callable[..., Any] = getattr(rule, "init_tensor", lambda th, p: {})
     init_shared: Callable[..., Any] = getattr(rule, "init_shared", lambda th, ps, **extra: {})
@@ -76,22 +78,22 @@ def treewise(rule: Any) -> Optimizer:
     def init_leaf(th: Tree, p: Tensor) -> dict[str, Any]:
         return {**init_hidden(th, p), "tensor": init_tensor(th, p)}
 
-    def summarise(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
-        return summary(th, p, g, _own(h)), h
+    def observing(shared: dict[str, Any]) -> Callable[..., Any]:
+        def observed(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
+            summary, new = observe(th, p, g, _own(h), shared)
+            return summary, {**check_state(new, "observe"), "tensor": h["tensor"]}
+
+        return observed
 
     def update_leaf(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor) -> Any:
         delta, new = change(th, p, g, _own(h), control)
         check_delta(delta, p)
         return delta, {**new, "tensor": h["tensor"]}
 
-    # Both passes over the tensors reuse the grouping of `lift`; the first one's "delta" is the
-    # summary, the second one's "hyper-parameter" the row of controls.
-    first = lift(init, init_leaf, summarise)
-
     def start(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(needs, num_steps)
         extra = {"num_steps": num_steps} if "num_steps" in needs else {}
-        leaves = first.init_hidden(opt_params, model_params).leaves
+        leaves = start_leaves(init_leaf, opt_params, model_params)
         return Hidden(leaves, init_shared(opt_params, model_params, **extra))
 
     def update(
@@ -107,7 +109,11 @@ def treewise(rule: Any) -> Optimizer:
         at = Leaves(model_params, grads, hidden)
         if not at.active:
             return at.tree([None] * len(at.params)), hidden
-        found = trees.leaves(first.update(opt_params, model_params, grads, hidden)[0])
+        # Both passes over the tensors reuse the grouping of `lift`; the first one's "delta" is the
+        # summary, the second one's "hyper-parameter" the row of controls.
+        first = lift(init, init_leaf, observing(hidden.shared))
+        summaries, seen = first.update(opt_params, model_params, grads, hidden)
+        found = trees.leaves(summaries)
         rows = [found[i] for i in at.active]
         dtype = rows[0].dtype
         for x in rows:
@@ -124,7 +130,7 @@ def treewise(rule: Any) -> Optimizer:
         )
         told = controls.unbind(0)  # fake CUDA tensors refuse an index
         control: list[Any] = [told[0]] * len(at.params)
-        states = list(at.states)
+        states = trees.flatten_up_to(at.spec, seen.leaves, model_params, "the hidden state")
         parts = [x.unbind(0) for x in trees.leaves(tensors)]
         new_spec = trees.flatten(tensors)[1]
         for j, i in enumerate(at.active):
@@ -138,6 +144,14 @@ def treewise(rule: Any) -> Optimizer:
         return second.update(opt_params, model_params, grads, Hidden(at.tree(states), shared))
 
     return Optimizer(fresh(init), start, update, needs)
+
+
+def _observing(rule: Any) -> Callable[..., Any]:
+    """The rule's ``observe``, or its ``summary`` as one that changes no state."""
+    if hasattr(rule, "observe"):
+        return required(rule, "observe")
+    summary = required(rule, "summary")
+    return lambda th, p, g, h, shared: (summary(th, p, g, h), h)
 
 
 def _own(h: dict[str, Any]) -> dict[str, Any]:

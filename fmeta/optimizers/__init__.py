@@ -11,8 +11,10 @@ from fmeta.optimizers._basis_mlp import basis_mlp
 from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lstm import lstm
 from fmeta.optimizers._muon import muon
+from fmeta.optimizers._nn_adam import nn_adam
 from fmeta.optimizers._normalized_mlp import normalized_mlp
 from fmeta.optimizers._rmsprop import rmsprop
+from fmeta.optimizers._rnn_mlp import rnn_mlp
 from fmeta.optimizers._sgd import per_parameter_sgd, sgd
 from fmeta.optimizers._velo import velo
 
@@ -25,9 +27,11 @@ __all__ = [
     "linear",
     "lstm",
     "muon",
+    "nn_adam",
     "normalized_mlp",
     "per_parameter_sgd",
     "rmsprop",
+    "rnn_mlp",
     "sgd",
     "velo",
 ]
@@ -48,6 +52,8 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
         normalized_mlp,
         basis_mlp,
         velo,
+        rnn_mlp,
+        nn_adam,
     )
 }
 
