@@ -8,6 +8,7 @@ import torch
 
 from fmeta import _files, optimizers, pretrained, trees
 from fmeta.random import fold_in
+from fmeta.testing import activations_beside
 
 LEARNED = [
     name
@@ -37,7 +38,12 @@ def test_a_rule_comes_back_with_its_weights(tmp_path, name):
     original = optimizers.get(name)()
     new, want = (
         o.step(
-            th, PARAMS, PARAMS, o.init_hidden(th, PARAMS, num_steps=3), loss=torch.tensor(0.7)
+            th,
+            PARAMS,
+            PARAMS,
+            o.init_hidden(th, PARAMS, num_steps=3),
+            loss=torch.tensor(0.7),
+            extras=activations_beside(PARAMS),
         )[0]
         for o, th in ((rule, got), (original, weights))
     )

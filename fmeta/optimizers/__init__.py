@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adam import adam, adamw
 from fmeta.optimizers._basis_mlp import basis_mlp
+from fmeta.optimizers._hebbian_mlp import hebbian_mlp
 from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lstm import lstm
 from fmeta.optimizers._muon import muon
@@ -24,6 +25,7 @@ __all__ = [
     "adamw",
     "basis_mlp",
     "get",
+    "hebbian_mlp",
     "linear",
     "lstm",
     "muon",
@@ -54,6 +56,7 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
         velo,
         rnn_mlp,
         nn_adam,
+        hebbian_mlp,
     )
 }
 

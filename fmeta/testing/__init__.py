@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fmeta.testing._activity import activations_beside
 from fmeta.testing._case import built_in_trees
 from fmeta.testing._check import Report, check_optimizer
 from fmeta.testing._check_estimator import ESTIMATOR_LAWS, check_estimator
@@ -49,6 +50,7 @@ __all__ = [
     "LAWS",
     "Law",
     "Report",
+    "activations_beside",
     "built_in_trees",
     "check_estimator",
     "check_family",

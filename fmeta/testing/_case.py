@@ -54,8 +54,8 @@ class Case:
         optimizer: an `Optimizer`, or a function of the parameter tree that builds one.
         params: tree of floating tensors.
         opt_params: what the optimizer learned; default ``optimizer.init`` with a seeded generator.
-        extras: what the rule needs by name, for one step: a dict, or a function of the parameter
-            tree that gives it.
+        extras: what the rule needs by name, for one step: a dict, or a function of the parameters
+            that gives it, called at those of each step.
         num_steps: the horizon given to ``init_hidden``.
         seed: of gradients and targets.
     """
@@ -132,7 +132,7 @@ class Case:
     ) -> tuple[Tree, Tree]:
         """``optimizer.step`` with a loss and the extras."""
         return self.optimizer.step(
-            *self._arguments(params, grads, hidden, opt_params), **self.given()
+            *self._arguments(params, grads, hidden, opt_params), **self.given(params)
         )
 
     def update(
@@ -140,14 +140,14 @@ class Case:
     ) -> tuple[Tree, Tree]:
         """``optimizer.update`` with a loss and the extras."""
         return self.optimizer.update(
-            *self._arguments(params, grads, hidden, opt_params), **self.given()
+            *self._arguments(params, grads, hidden, opt_params), **self.given(params)
         )
 
-    def given(self) -> dict[str, Any]:
-        """The keyword arguments of a step."""
+    def given(self, params: Tree = None) -> dict[str, Any]:
+        """The keyword arguments of a step at these parameters; default those of the case."""
         first = next(x for x in trees.leaves(self.params) if x is not None)
         loss = torch.full((), 0.7, dtype=trees.compute_dtype(first), device=first.device)
-        return {"loss": loss, "extras": self.extras(self.params)}
+        return {"loss": loss, "extras": self.extras(self.params if params is None else params)}
 
     def warm(self, steps: int = 2) -> tuple[Tree, Tree]:
         """Parameters and hidden state after some steps."""
@@ -167,9 +167,7 @@ class Case:
             )
             for i, p in enumerate(flat)
         )
-        extras = self.extras(self.params)
-        if extras is not None:
-            extras = trees.map(lambda x: x.expand(steps, *x.shape), extras)
+        extras: Any = (lambda params, batch: self.extras(params)) if self._extras else None
         loss = smooth_loss if loss is None else loss
         return unroll(
             self.optimizer, loss, opt_params, params, batches,

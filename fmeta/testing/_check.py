@@ -57,7 +57,8 @@ def check_optimizer(
         param_trees: parameter trees by name, floating; default two built-in ones. Costly laws run
             on the first only.
         extras: what the rule needs beside loss and horizon, by name, for one step: a dict, or a
-            function of the parameter tree that gives one.
+            function of the parameters that gives one, called at those of each step and in float64
+            differentiated with them; for ``"activations"``, `fmeta.testing.activations_beside`.
         num_steps: the horizon given to ``init_hidden``.
         seed: of gradients, targets and ``opt_params``.
         device: of the built-in trees.

@@ -65,13 +65,13 @@ def compiles_once(optimizer: Any, params: Tree, *, steps: int = 6, **setup: Any)
     try:
         step = torch.compile(case.optimizer.step, backend=backend, fullgraph=True)
         q, k = p, h = case.params, case.start(case.params)
-        given, counts = case.given(), []
+        counts = []
         for t in range(steps):
             grads = case.grads(t)
             p, h = case.step(p, grads, h)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own
-                q, k = step(case.opt_params, q, grads, k, **given)
+                q, k = step(case.opt_params, q, grads, k, **case.given(q))
             counts.append(compiled)
             where = f"after step {t + 1}, compiled"
             assert_close(q, p, "params", where, rtol=1e-6)

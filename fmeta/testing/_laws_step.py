@@ -135,7 +135,10 @@ def none_gradients_skip(optimizer: Any, params: Tree, **setup: Any) -> None:
 
 @law()
 def needs_enforced(optimizer: Any, params: Tree, **setup: Any) -> None:
-    """It runs with what ``needs`` names and nothing else; each missing one is refused by name."""
+    """It runs with what ``needs`` names and nothing else; each missing one is refused by name.
+
+    With ``reads_grads=False`` other gradients give the same step.
+    """
     case = Case(optimizer, params, **setup)
     opt, th, p = case.optimizer, case.opt_params, case.params
     needs = opt.needs
@@ -154,12 +157,18 @@ def needs_enforced(optimizer: Any, params: Tree, **setup: Any) -> None:
     horizon = {"num_steps": case.num_steps} if "num_steps" in needs else {}
     try:
         hidden = opt.init_hidden(th, p, **horizon)
-        opt.step(th, p, case.grads(0), hidden, **given)
+        first = opt.step(th, p, case.grads(0), hidden, **given)
     except Exception as error:
         raise AssertionError(
             f"with nothing but its needs ({', '.join(sorted(needs)) or 'none'}) the optimizer "
             f"raised {type(error).__name__}: {error}; name in `needs` what it cannot do without"
         ) from error
+    if not opt.reads_grads:
+        zeros = trees.map(torch.zeros_like, p)
+        got = opt.step(th, p, zeros, hidden, **given)
+        where = "with gradients of zero, though reads_grads=False (drop that)"
+        assert_close(got[0], first[0], "params", where)
+        assert_close(got[1], first[1], "hidden", where)
     if "num_steps" in needs:
         _refused("num_steps", "init_hidden", lambda: opt.init_hidden(th, p))
     if "loss" in needs:
@@ -206,11 +215,12 @@ def key_order_irrelevant(optimizer: Any, params: Tree, **setup: Any) -> None:
         "opt_params": (reversed_keys(th), p, grads, hidden),
         "everything": tuple(map(reversed_keys, (th, p, grads, hidden))),
     }
+    given = case.given(p)
     start = case.start(case.params)
     assert_close(case.start(turned), start, "hidden", "from params in reversed key order")
     for what, arguments in mixes.items():
         where = f"after a step with {what} in reversed key order (match dicts by key)"
-        got = case.optimizer.step(*arguments, **case.given())
+        got = case.optimizer.step(*arguments, **given)
         assert_close(got[0], want[0], "params", where)
         assert_close(got[1], want[1], "hidden", where)
 

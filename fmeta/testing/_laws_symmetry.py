@@ -26,7 +26,7 @@ def vmap_equals_loop(optimizer: Any, params: Tree, *, tasks: int = 3, **setup: A
     """``vmap`` over tasks (their parameters, gradients, hidden states) equals one after another.
 
     With one ``opt_params`` for all tasks, and with a copy for each (particles of ES and PES). The
-    loss and the extras are shared.
+    loss is shared, and so are extras that are no function of the parameters.
     """
     case = Case(optimizer, params, **setup).double()
     rows = [trees.map(lambda p, k=k: p * (1 + 0.1 * k), case.params) for k in range(tasks)]

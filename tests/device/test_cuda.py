@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fmeta import learn, optimizers
-from fmeta.testing import check_optimizer
+from fmeta.testing import activations_beside, check_optimizer
 
 DEVICES = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-AXES = {"normalized_mlp", "basis_mlp", "muon"}
+AXES = {"normalized_mlp", "basis_mlp", "muon", "hebbian_mlp"}
 OF_A_TREE = {"per_parameter_sgd"}
 RULES = {
     **{n: builder if n in OF_A_TREE else builder() for n, builder in optimizers.BUILDERS.items()},
@@ -26,6 +26,10 @@ if CASES:
 
     @pytest.mark.parametrize(("name", "device"), CASES)
     def test_every_law(name, device):
+        needs = getattr(RULES[name], "needs", ())
         check_optimizer(
-            RULES[name], equivariance="axes" if name in AXES else "coordinate", device=device
+            RULES[name],
+            equivariance="axes" if name in AXES else "coordinate",
+            device=device,
+            extras=activations_beside if "activations" in needs else None,
         )

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fmeta
 from fmeta import functionalize, learn, optimizers, trees
 from fmeta.optimizers import adam, sgd
-from fmeta.testing import built_in_trees
+from fmeta.testing import activations_beside, built_in_trees
 
 OF_A_TREE = {"per_parameter_sgd"}
 
@@ -98,6 +98,10 @@ def built(name):
     return rule, rule.init()
 
 
+def extras_of(rule, params):
+    return activations_beside(params) if "activations" in rule.needs else None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_steps(name, dtype):
@@ -108,11 +112,14 @@ def test_steps(name, dtype):
         assert_on_cuda(hidden)
         p, loss = params, torch.ones((), device="cuda")
         for _ in range(2):
-            p, hidden = rule.step(th, p, trees.map(torch.ones_like, p), hidden, loss=loss)
+            extras = extras_of(rule, p)
+            grads = trees.map(torch.ones_like, p)
+            p, hidden = rule.step(th, p, grads, hidden, loss=loss, extras=extras)
             assert_on_cuda((p, hidden))
         assert [x.shape for x in trees.leaves(p)] == [x.shape for x in trees.leaves(REAL)]
         tasks = trees.map(lambda x: torch.stack([x, x]), (p, p, hidden))
-        assert_on_cuda(torch.vmap(lambda p, g, h: rule.step(th, p, g, h, loss=loss))(*tasks))
+        step = lambda p, g, h: rule.step(th, p, g, h, loss=loss, extras=extras_of(rule, p))
+        assert_on_cuda(torch.vmap(step)(*tasks))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -121,9 +128,9 @@ def test_a_mix_of_devices_is_caught(name):
     with fake():
         th, params = on("cuda", th), on("cuda", REAL)
         hidden = rule.init_hidden(th, params, num_steps=5)
+        given = {"loss": torch.ones((), device="cuda"), "extras": extras_of(rule, params)}
         with pytest.raises((ValueError, RuntimeError), match=MIX):
-            loss = torch.ones((), device="cuda")
-            rule.step(th, params, on("cpu", params), hidden, loss=loss)
+            rule.step(th, params, on("cpu", params), hidden, **given)
         mixed = {"a": params["conv"], "b": on("cpu", params["conv"])}
         with pytest.raises(ValueError, match="mix devices: a is on cuda:0, b on cpu"):
             rule.init_hidden(th, mixed, num_steps=5)

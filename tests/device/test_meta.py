@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import grad
 
 from fmeta import functionalize, learn, optimizers, trees, unroll
-from fmeta.testing import built_in_trees, runs_on_meta
+from fmeta.testing import activations_beside, built_in_trees, runs_on_meta
 
 STEPS = 5
 OF_A_TREE = {"per_parameter_sgd"}
@@ -39,11 +39,16 @@ def problem():
     return loss, on_meta(params), on_meta(batches)
 
 
+def extras_of(rule):
+    return activations_beside if "activations" in rule.needs else None
+
+
 def check(rule, loss, params, batches, options):
     th = on_meta(rule.init())
+    extras = (lambda p, batch: activations_beside(p)) if extras_of(rule) else None
 
     def meta(th, p):
-        run = unroll(rule, loss, th, p, batches, **options)
+        run = unroll(rule, loss, th, p, batches, extras=extras, **options)
         assert run.losses.shape == (STEPS,)
         assert all(x.device.type == "meta" for x in trees.leaves(run.hidden))
         return run.losses.sum()
@@ -71,4 +76,5 @@ def test_meta_gradients_of_a_rate_for_each_parameter(options):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_node_and_shape(name):
-    runs_on_meta(RULES[name](), built_in_trees()["nested"])
+    rule = RULES[name]()
+    runs_on_meta(rule, built_in_trees()["nested"], extras=extras_of(rule))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fmeta import learn, optimizers, trees
 from fmeta.testing import (
     LAWS,
+    activations_beside,
     check_optimizer,
     gradients,
     key_order_irrelevant,
@@ -20,7 +21,7 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"muon", "normalized_mlp", "basis_mlp", "velo"}
+AXES = {"muon", "normalized_mlp", "basis_mlp", "velo", "hebbian_mlp"}
 OF_A_TREE = {"per_parameter_sgd"}
 
 RULES = {
@@ -46,6 +47,11 @@ def symmetry(name):
     return "axes" if name in AXES else "coordinate"
 
 
+def extras_of(rule):
+    """What a rule reads beside the gradient."""
+    return activations_beside if "activations" in getattr(rule, "needs", ()) else None
+
+
 def of(name, params):
     rule = RULES[name]
     return rule(params) if name in OF_A_TREE else rule
@@ -53,13 +59,18 @@ def of(name, params):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_law_but_one_compilation(name):
-    report = check_optimizer(RULES[name], equivariance=symmetry(name), exclude=["compiles_once"])
+    report = check_optimizer(
+        RULES[name],
+        equivariance=symmetry(name),
+        exclude=["compiles_once"],
+        extras=extras_of(RULES[name]),
+    )
     assert set(report.held) == set(LAWS) - {"compiles_once"}
 
 
 @pytest.mark.parametrize("name", [n for n in COMPILED if n in RULES])
 def test_one_compilation(name):
-    check_optimizer(RULES[name], laws=["compiles_once"])
+    check_optimizer(RULES[name], laws=["compiles_once"], extras=extras_of(RULES[name]))
 
 
 @pytest.mark.slow
@@ -68,7 +79,7 @@ def test_one_compilation_of_all_rules_and_trees(name):
     from fmeta.testing import built_in_trees, compiles_once
 
     for params in built_in_trees().values():
-        compiles_once(RULES[name], params)
+        compiles_once(RULES[name], params, extras=extras_of(RULES[name]))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -79,8 +90,9 @@ def test_laws_on_any_tree(name, data):
     law = data.draw(
         st.sampled_from([key_order_irrelevant, kinds_kept, none_gradients_skip, vmap_equals_loop])
     )
-    law(rule, params)
-    permutation_equivariant(rule, params, equivariance=symmetry(name), steps=2)
+    setup = {"extras": extras_of(rule)}
+    law(rule, params, **setup)
+    permutation_equivariant(rule, params, equivariance=symmetry(name), steps=2, **setup)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -93,7 +105,8 @@ def test_any_gradients_keep_everything_finite(name, data):
     for _ in range(data.draw(step_counts(3))):
         grads = data.draw(gradients(params))
         before = p
-        p, h = rule.step(th, p, grads, h, loss=torch.tensor(0.7))
+        extras = activations_beside(p) if extras_of(rule) else None
+        p, h = rule.step(th, p, grads, h, loss=torch.tensor(0.7), extras=extras)
         for old, g, new in zip(*map(trees.leaves, (before, grads, p)), strict=True):
             assert new.isfinite().all()
             assert (new.dtype, new.shape) == (old.dtype, old.shape)
