@@ -1,4 +1,4 @@
-"""Runs functions of a helper file in several processes that are joined by gloo."""
+"""Two processes that are joined by gloo run `parallel.py`, once for all tests."""
 
 import importlib.util
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-PARALLEL = HERE / "parallel.py"
+PARALLEL = Path(__file__).parent / "parallel.py"
+TIMEOUT = 180
 
 CHILD = """
 import faulthandler, importlib.util, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-file, name, folder, rank, size, seconds = sys.argv[1:]
+file, folder, rank, size, seconds = sys.argv[1:]
 faulthandler.dump_traceback_later(float(seconds))  # says where a process waits for another
 folder = Path(folder)
 spec = importlib.util.spec_from_file_location("parallel", file)
@@ -26,7 +26,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 store = dist.FileStore(str(folder / "store"), int(size))
 dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size))
-result = getattr(module, name)(folder)
+result = module.everything(folder)
 torch.save(result, folder / f"result-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -43,41 +43,62 @@ def parallel():
 
 
 @pytest.fixture(scope="session")
-def in_processes():
-    """``(name, folder, size=2) -> results``: what ``parallel.<name>(folder)`` gives on each rank.
+def folder(parallel, tmp_path_factory):
+    """What one process wrote before two were started, and what the two wrote and found.
 
-    All processes are ended after a failure of one, and after ``timeout`` seconds.
+    Workers of pytest-xdist share it: the first makes it, the others wait.
     """
-
-    def run(name, folder, size=2, timeout=120):
-        started, logs = [], [folder / f"log-{rank}" for rank in range(size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-processes"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + TIMEOUT + 60
+        while not (folder / "ended").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+    else:
         try:
-            for rank, log in enumerate(logs):
-                command = [sys.executable, "-c", CHILD, str(PARALLEL), name, str(folder)]
-                with log.open("w") as out:
-                    started.append(
-                        subprocess.Popen(
-                            [*command, str(rank), str(size), str(0.9 * timeout)],
-                            stdout=out,
-                            stderr=subprocess.STDOUT,
-                            env=environment,
-                        )
-                    )
-            end = time.monotonic() + timeout
-            while any(p.poll() is None for p in started) and time.monotonic() < end:
-                if any(p.poll() for p in started):  # the others would wait for it for ever
-                    time.sleep(0.5)
-                    break
-                time.sleep(0.02)
+            parallel.one_process(folder)
+            run(folder, 2)
         finally:
-            for process in started:
-                if process.poll() is None:
-                    process.kill()
-            codes = [process.wait() for process in started]
-        if any(codes):
-            text = "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
-            pytest.fail(f"{name} on {size} processes: exit codes {codes}\n{text}")
-        return [torch.load(folder / f"result-{r}.pt", weights_only=True) for r in range(size)]
+            (folder / "ended").touch()
+    return folder
 
-    return run
+
+@pytest.fixture(scope="session")
+def found(folder):
+    """What `parallel.everything` gave on each of the two processes."""
+    results = [folder / f"result-{rank}.pt" for rank in range(2)]
+    if not all(file.exists() for file in results):
+        logs = [f"{log.name}:\n{log.read_text()[-4000:]}" for log in sorted(folder.glob("log-*"))]
+        pytest.fail("two processes did not end well\n" + "\n".join(logs))
+    return [torch.load(file, weights_only=True) for file in results]
+
+
+def run(folder, size):
+    """Starts the processes and ends them all: after a failure of one, or when time is up."""
+    started = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(PARALLEL), str(folder)]
+    try:
+        for rank in range(size):
+            with (folder / f"log-{rank}").open("w") as log:
+                started.append(
+                    subprocess.Popen(
+                        [*command, str(rank), str(size), str(0.9 * TIMEOUT)],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+                )
+        end = time.monotonic() + TIMEOUT
+        while any(p.poll() is None for p in started) and time.monotonic() < end:
+            if any(p.poll() for p in started):  # the others would wait for it for ever
+                time.sleep(0.5)
+                break
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()

@@ -1,8 +1,9 @@
 """Small trainings that give the same numbers in one process and in several.
 
-The functions of a ``folder`` run on every rank (`conftest.in_processes`), the others in the test's
-own process too, where there is one rank.
+`everything` runs on every rank; what trains runs in the test's own process too, where there is one.
 """
+
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,8 @@ RULES = {
         fmeta.combinators.clip_by_global_norm(0.1), fmeta.optimizers.adam(lr=0.01)
     ),
 }
+# torch broadcasts no state that is empty, be it of its own SGD.
+SHARDED = [rule for rule in RULES if rule != "sgd"]
 
 
 class Block(nn.Module):
@@ -109,31 +112,41 @@ def weights(model):
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
-def ddp(folder):
-    """Weights after training under DDP, for each rule."""
-    found = {}
-    for rule in RULES:
-        model = nn.parallel.DistributedDataParallel(net())
-        train(model, optimizer(model.parameters(), rule))
-        found[rule] = weights(model.module)
+def one_process(folder):
+    """Checkpoints of one process after half of the steps, for two to go on from."""
+    for rule in SHARDED:
+        model = net()
+        opt = optimizer(model.parameters(), rule)
+        train(model, opt, 0, STEPS // 2)
+        save(model, opt, folder / "one" / rule)
+
+
+def everything(folder):
+    """What one of several processes finds under DDP and FSDP2, by rule and by variant."""
+    return {
+        "ddp": {rule: ddp_of(rule) for rule in [*RULES, "by_loss"]},
+        "fsdp": {rule: fsdp_of(rule, folder) for rule in SHARDED},
+        "variants": {name: variant(name, shard) for name in VARIANTS},
+    }
+
+
+def ddp_of(rule):
+    """Weights after a training under DDP."""
     model = nn.parallel.DistributedDataParallel(net())
-    opt, before_step = by_loss(model)
+    if rule == "by_loss":
+        opt, before_step = by_loss(model)
+    else:
+        opt, before_step = optimizer(model.parameters(), rule), None
     train(model, opt, before_step=before_step)
-    return {**found, "by_loss": weights(model.module)}
-
-
-def fsdp(folder):
-    """Under FSDP2, for each rule: weights after all steps, and what checkpoints lead to.
-
-    ``folder`` holds checkpoints of one process after half of the steps, in ``one``; those of the
-    two processes go to ``two`` (sharded) and ``whole`` (one file).
-    """
-    # torch broadcasts no state that is empty, be it of its own SGD.
-    found = {rule: fsdp_of(rule, folder) for rule in RULES if rule != "sgd"}
-    return {**found, **{name: variant(name, shard) for name in VARIANTS}}
+    return weights(model.module)
 
 
 def fsdp_of(rule, folder):
+    """Under FSDP2: weights after all steps, and what checkpoints lead to.
+
+    ``folder`` holds those of `one_process` in ``one``; those of the two processes go to ``two``
+    (sharded) and ``whole`` (one file).
+    """
     half = STEPS // 2
     model = shard(net())
     opt = optimizer(model.parameters(), rule)
@@ -269,10 +282,14 @@ def others(rule):
 
 def save(model, opt, path):
     state = dict(zip(("model", "optim"), get_state_dict(model, opt), strict=True))
-    dcp.save(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
+        dcp.save(state, checkpoint_id=str(path))
 
 
 def load(model, opt, path):
     state = dict(zip(("model", "optim"), get_state_dict(model, opt), strict=True))
-    dcp.load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=str(path))
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optim"])

@@ -4,31 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
-    # torch.distributed.checkpoint says that there is one process, which is meant.
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninit"),
-]
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
 
 RULES = ["adam", "normalized_mlp", "basis_mlp", "lstm", "muon", "clipped"]
 WAYS = ["straight", "from one process", "from one file"]
-
-
-@pytest.fixture(scope="module")
-def folder(parallel, tmp_path_factory):
-    """Holds checkpoints that one process wrote half-way, before two processes start."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    for rule in RULES:
-        model = parallel.net()
-        opt = parallel.optimizer(model.parameters(), rule)
-        parallel.train(model, opt, 0, parallel.STEPS // 2)
-        parallel.save(model, opt, folder / "one" / rule)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(in_processes, folder):
-    return in_processes("fsdp", folder)
 
 
 def alone(parallel, rule):
@@ -43,17 +24,17 @@ def test_two_processes_train_as_one_does(rule, parallel, found):
     for result in found:
         for way in WAYS:
             message = f"{way}: {{}}".format
-            assert_close(result[rule][way], want, rtol=1e-10, atol=1e-10, msg=message)
+            assert_close(result["fsdp"][rule][way], want, rtol=1e-10, atol=1e-10, msg=message)
 
 
 def test_hidden_state_is_sharded_as_its_parameter(found):
     # block.qkv.weight (12, 4), block.up.weight (7, 4), head.weight (1, 4): rows on each process
     for rank, rows in enumerate(([6, 4, 1], [6, 3, 0])):
         for rule, names in {"adam": ["m", "v"], "basis_mlp": ["m", "n", "v"]}.items():
-            kept = found[rank][rule]["kept"]
+            kept = found[rank]["fsdp"][rule]["kept"]
             for index, n in zip(("2", "4", "8"), rows, strict=True):
                 assert kept[index] == {name: [n, 4] for name in names}
-        assert found[rank]["lstm"]["kept"]["4"] == {
+        assert found[rank]["fsdp"]["lstm"]["kept"]["4"] == {
             "h": [rows[1], 4, 1, 3],
             "c": [rows[1], 4, 1, 3],
         }
@@ -83,5 +64,5 @@ def test_what_a_loop_does_with_a_sharded_model(name, parallel, found):
     want = parallel.variant(name)
     assert want["skipped"] == (name == "broken")
     for result in found:
-        assert result[name]["skipped"] == want["skipped"]
-        assert_close(result[name]["weights"], want["weights"], rtol=1e-10, atol=1e-10)
+        assert result["variants"][name]["skipped"] == want["skipped"]
+        assert_close(result["variants"][name]["weights"], want["weights"], rtol=1e-10, atol=1e-10)
