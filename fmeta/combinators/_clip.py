@@ -1,17 +1,19 @@
-"""`clip_by_global_norm`: a gradient transform."""
+"""`clip_by_global_norm` and `clip_by_value`: gradient transforms."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmeta import trees
-from fmeta._numbers import check_number, nothing_to_learn
+from fmeta._lift import lift
+from fmeta._numbers import check_number, check_numbers, nothing_to_learn
 from fmeta.combinators._parts import delta_dtype
 from fmeta.optimizer import Hidden, Optimizer, check_params
 
-__all__ = ["clip_by_global_norm"]
+__all__ = ["clip_by_global_norm", "clip_by_value"]
 
 Tree = Any
 
@@ -56,3 +58,38 @@ def clip_by_global_norm(max_norm: Any) -> Optimizer:
         ), hidden
 
     return Optimizer(nothing_to_learn, init_hidden, update)
+
+
+def clip_by_value(bound: Any) -> Optimizer:
+    """A transform for `chain`: ``min(max(g, -bound), bound)``, element by element.
+
+    Equals `torch.nn.utils.clip_grad_value_`. An infinity becomes the bound; a NaN stays.
+
+    Args:
+        bound: positive: a number, a scalar tensor, or a tree of them (or of tensors of the
+            parameters' own shapes) shaped like the parameters.
+
+    Returns:
+        An `Optimizer` without hidden state.
+
+    Raises:
+        ValueError: a bound that is not positive and finite.
+    """
+    check_numbers("bound", bound, positive=True)
+
+    def init_leaf(opt_params: Tree, param: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def update_leaf(
+        opt_params: Tree, param: Tensor, grad: Tensor, state: dict[str, Tensor], bound: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return grad.clamp(-bound, bound), state
+
+    return lift(
+        nothing_to_learn,
+        init_leaf,
+        update_leaf,
+        hypers=lambda th: {"bound": bound},
+        elementwise=True,
+        stacked=False,
+    )
