@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def rnn_mlp(
         from_mlp_size, from_lstm_size, lstm_to_ff: how many numbers the small network says of a
             tensor, the LSTM says to itself, the LSTM tells the small network.
         lstm_hidden_size: H below.
-        decays: of momenta and second moments, D of them.
+        decays: of momenta and second moments, D of them, rounded to float32.
         chunk_size: coordinates of a tensor that are worked on at once; bounds the memory.
 
     The sizes are those of ``init``; weights of other sizes work too.
@@ -112,6 +113,8 @@ def rnn_mlp(
         raise ValueError("decays must hold at least one decay, got none")
     for i, decay in enumerate(decays):
         check_number(f"decays[{i}]", decay, below=1)
+    # The reference holds them in float32, where 1 - .9999 is 1.7e-4 off: weights learned with it.
+    decays = tuple(float(numpy.float32(decay)) for decay in decays)
     rule = _Rule(sizes, decays, step_multiplier, magnitude_rate, chunk_size)
     trained = treewise(rule)
     return trained._replace(update=functools.partial(_update, trained.update))
@@ -176,8 +179,8 @@ class _Rule:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         limit = _rnn_mlp_tensor.clip_limit(shared).to(g.dtype)
         g = g.clamp(-limit, limit)
-        decays = _rnn_mlp_net.in_dtype(self.decays, p.dtype)
-        h = {**h, "m": stacked_ema(h["m"], g, decays), "v": stacked_ema(h["v"], g * g, decays)}
+        m, v = (stacked_ema(h[k], x, self.decays) for k, x in (("m", g), ("v", g * g)))
+        h = {**h, "m": m, "v": v}
         return _rnn_mlp_tensor.summary(p, g, h), h
 
     def mix(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-import numpy
 import torch
 from torch import Tensor
 
 from fmeta.optimizers._common import safe_sqrt
 
-__all__ = ["in_dtype", "inputs", "log_count", "outputs", "step_features"]
+__all__ = ["inputs", "log_count", "outputs", "step_features"]
 
 _TIMES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 _EPS = 1e-5  # of the features' root mean squares
@@ -21,14 +20,6 @@ _CHUNK = 2**14  # coordinates at once: features and hidden units stay in cache
 def inputs(decays: int) -> int:
     """How many inputs there are beside what the recurrent network tells."""
     return _own(decays) + len(_TIMES) + 3
-
-
-def in_dtype(decays: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
-    """The decays as they are in a dtype: in float32 ``1 - 0.9999`` is 1.7e-4 off, as it was for
-    the weights that were learned."""
-    if dtype is torch.float32:
-        return tuple(float(numpy.float32(decay)) for decay in decays)
-    return tuple(decays)
 
 
 def step_features(t: Tensor, like: Tensor) -> Tensor:
