@@ -1,8 +1,16 @@
-"""Marks an update that treats every leaf by itself, so that a few leaves may go at a time.
+"""What an update says of itself beyond its signature, for those who call it at the edge.
+
+An update may be marked as one that treats every leaf by itself, so that a few leaves may go at a
+time.
 
 Given ``None`` as the gradient of all other leaves, a marked ``update`` changes the leaves that are
 left exactly as it does among all of them, and passes ``hidden.shared`` on. The lifts mark theirs;
 an update without the mark may look at the whole tree (`treewise`, `clip_by_global_norm`).
+
+An update may also have a form that consumes the hidden state: same arguments and results, but the
+memory of the given state may hold the new one. Only a caller that owns the state and never looks
+at it again may use it (`fmeta.torch_optim`). Combinators have no such form, even of a rule that
+has: they may need the old state.
 """
 
 from __future__ import annotations
@@ -10,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["is_leafwise", "leafwise"]
+__all__ = ["consuming", "consuming_update", "is_leafwise", "leafwise"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "treats_leaves_apart"
+_CONSUMING = "consumes_hidden"
 
 
 def leafwise(update: F) -> F:
@@ -26,3 +35,13 @@ def leafwise(update: F) -> F:
 def is_leafwise(optimizer: Any) -> bool:
     """Whether this optimizer's ``update`` carries the mark."""
     return getattr(optimizer.update, _MARK, False)
+
+
+def consuming(update: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Says that ``other`` does what ``update`` does and consumes the hidden state."""
+    setattr(update, _CONSUMING, other)
+
+
+def consuming_update(optimizer: Any) -> Callable[..., Any]:
+    """The form of ``update`` that consumes the hidden state, or ``update`` itself."""
+    return getattr(optimizer.update, _CONSUMING, optimizer.update)

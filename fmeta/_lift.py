@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leafwise import leafwise
+from fmeta._leafwise import consuming, leafwise
 from fmeta._leaves import RULE_ERRORS, Leaves, per_leaf, start_leaves
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 
@@ -38,6 +38,8 @@ def lift(
     *,
     hypers: Callable[[Tree], Mapping[str, Any]] | None = None,
     elementwise: bool = False,
+    batched: bool = False,
+    owning: bool = False,
     stacked: bool = True,
     needs: frozenset[str] = frozenset(),
     leaf_keywords: tuple[str, ...] = (),
@@ -53,6 +55,10 @@ def lift(
             shaped like the parameters, of which a rule gets its own leaf's.
         elementwise: the rule works element by element and by broadcasting only, so a stack of
             leaves needs no vmap.
+        batched: the rule takes a stack of leaves with ``batch=1``, the number of leading axes, and
+            scalars of the state as ``(leaves, 1, ...)``: no vmap either.
+        owning: the rule takes ``own=True``: then the state is nobody else's, and its memory may
+            hold the new one.
         stacked: whether to stack leaves at all; a rule of one or two operations is cheaper without.
         needs: as in `Optimizer`.
         leaf_keywords: which of ``num_steps``, ``loss``, ``extras`` the leaf functions take.
@@ -66,8 +72,7 @@ def lift(
             start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params), {}
         )
 
-    @leafwise
-    def update(
+    def advance(
         opt_params: Tree,
         model_params: Tree,
         grads: Tree,
@@ -75,11 +80,13 @@ def lift(
         *,
         loss: Tensor | None = None,
         extras: Mapping[str, Any] | None = None,
+        own: bool = False,
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
         at = Leaves(model_params, grads, hidden)
         if elementwise:
             at.check_shapes()
+        consumed = {"own": True} if own else {}
         given = {"loss": loss, "extras": extras}
         extra = {k: given[k] for k in update_keywords}
         common, named = {}, {}
@@ -114,9 +121,11 @@ def lift(
             try:
                 if len(group) == 1:
                     p, g, s, h = rows[0]
-                    results = [update_leaf(theta, p, g, s, **common, **h, **extra)]
-                elif elementwise:
-                    results = _broadcast_group(update_leaf, theta, rows, {**common, **extra})
+                    results = [update_leaf(theta, p, g, s, **common, **h, **extra, **consumed)]
+                elif elementwise or batched:
+                    kind = {"batch": 1, **consumed} if batched else {}
+                    more = {**common, **extra, **kind}
+                    results = _broadcast_group(update_leaf, theta, rows, more)
                 else:
                     results = _vmap_group(update_leaf, theta, rows, {**common, **extra})
             except RULE_ERRORS as error:
@@ -129,6 +138,14 @@ def lift(
                 delta[i], states[i] = d, s
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)
 
+    @leafwise
+    def update(
+        opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **given: Any
+    ) -> tuple[Tree, Hidden]:
+        return advance(opt_params, model_params, grads, hidden, **given)
+
+    if owning:
+        consuming(update, functools.partial(advance, own=True))
     return Optimizer(init, init_hidden, update, needs)
 
 

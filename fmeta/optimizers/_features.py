@@ -131,18 +131,23 @@ class Tile(NamedTuple):
         return x[(slice(None), *(s if n > 1 else slice(None) for s, n in pairs))]
 
 
-def split(shape: Sequence[int], size: int, *, alone: int) -> Iterator[Tile]:
+def split(
+    shape: Sequence[int], size: int, matrix: Sequence[int] | None = None, *, alone: int
+) -> Iterator[Tile]:
     """Tiles of at most ``size`` coordinates: whole matrices if possible, or whole rows.
 
     Args:
-        alone: matrices (the last two axes) of at least this many coordinates do not share a tile.
+        matrix: axes of a matrix, in rising order; default: the last two.
+        alone: matrices of at least this many coordinates do not share a tile.
     """
+    axes = range(len(shape))
+    matrix = axes[-2:] if matrix is None else matrix
     steps, left = [1] * len(shape), size
-    shared = math.prod(shape[-2:]) < alone
-    for i in reversed(range(len(shape))):
-        if shared or i >= len(shape) - 2:
-            steps[i] = min(shape[i], max(left, 1))
-            left //= steps[i]
+    shared = math.prod(shape[i] for i in matrix) < alone
+    others = [i for i in reversed(axes) if i not in matrix]
+    for i in [*reversed(matrix), *(others if shared else ())]:
+        steps[i] = min(shape[i], max(left, 1))
+        left //= steps[i]
     pairs = zip(shape, steps, strict=True)
     ranges = [[slice(a, min(a + step, n)) for a in range(0, n, step)] for n, step in pairs]
     for slices in itertools.product(*ranges):

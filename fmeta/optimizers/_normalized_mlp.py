@@ -12,20 +12,21 @@ from torch import Tensor
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
-from fmeta.optimizers._features import (
-    is_unobserved,
-    start_factored,
-)
-from fmeta.optimizers._features import (
-    orthogonalize as orthogonalized,
-)
+from fmeta.optimizers._features import is_unobserved, start_factored
+from fmeta.optimizers._features import orthogonalize as orthogonalized
+from fmeta.optimizers._fused import FUSED_NUMEL
+from fmeta.optimizers._layout import small_matrices_first
+from fmeta.optimizers._normalized_mlp_fused import fused_delta
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
     TILE,
+    Axes,
+    axes_of,
     direction,
     normalized_delta,
-    tiled_direction,
+    squared_means,
+    tiled_delta,
 )
 from fmeta.random import own
 
@@ -54,6 +55,7 @@ def normalized_mlp(
     vectors: str = "adamw",
     vector_lr_mult: Any = 1.0,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> Optimizer:
     """Celo2: ``p -= lr * (d / rms(d) + weight_decay * p)``, d a small network of 30 features.
 
@@ -81,6 +83,9 @@ def normalized_mlp(
         vector_lr_mult: factor of the learning rate in ``vectors="adamw"``.
         chunk_size: coordinates a tile, where no derivative is recorded. Default: a size that suits
             the caches on a CPU, the whole tensor elsewhere.
+        compile: whether large tensors go through a few kernels made by `torch.compile` (C++ or
+            Triton), where no derivative is recorded; takes about a minute for each number of axes,
+            once, and is kept on disk by torch.
 
     Returns:
         An `Optimizer` with ``opt_params = {"w0": (30, 8), "b0": (8), "w1": (8, 8), "b1": (8),
@@ -111,15 +116,20 @@ def normalized_mlp(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    def by_adamw(p: Tensor) -> bool:
-        return p.ndim < 2 and vectors == "adamw"
+    def by_adamw(ndim: int) -> bool:
+        return ndim < 2 and vectors == "adamw"
 
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:
-        if by_adamw(p):
+        if by_adamw(p.ndim):
             return {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "count": count(p)}
-        state = {name: torch.zeros_like(p) for name in MOMENTS}
         if p.ndim < 2:
+            state = {name: torch.zeros_like(p) for name in MOMENTS}
             return {**state, "v": p.new_zeros(*p.shape, len(DECAYS))}
+        layout = small_matrices_first(tuple(p.shape))
+        like = p if layout is None else layout.into(p)
+        state = {name: p.new_zeros(like.shape) for name in MOMENTS}
+        if layout is not None:  # as it is worked on; to the outside a tensor of the leaf's shape
+            state = {name: layout.back(x) for name, x in state.items()}
         row, col = start_factored(p, len(DECAYS))
         return {**state, "row": row, "col": col}
 
@@ -131,22 +141,33 @@ def normalized_mlp(
         lr: Any,
         weight_decay: Any,
         vector_lr_mult: Any,
+        batch: int = 0,
+        own: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if by_adamw(p):
+        if by_adamw(p.ndim - batch):
             return _adamw(p, g, h, lr * vector_lr_mult, weight_decay)
         if p.numel() == 0:
             return torch.zeros_like(p), h
-        size = chunk_size or (TILE if p.device.type == "cpu" else p.numel())
+        axes = axes_of(tuple(p.shape), batch)
         numbers = [x for x in (lr, weight_decay) if isinstance(x, Tensor)]
-        tiled = (
-            p.ndim >= 2
-            and p.numel() > size
+        post = orthogonalized if orthogonalize else None
+        large = min(FUSED_NUMEL if compile else size_of(p), size_of(p))
+        if (
+            axes.factored is not None
+            and (batch or p.numel() > large)
             and is_unobserved(p, g, *h.values(), *th.values(), *numbers)
-        )
-        step, h = tiled_direction(th, p, g, h, size) if tiled else direction(th, p, g, h)
-        if orthogonalize and p.ndim >= 2:
-            step = orthogonalized(step)
-        return normalized_delta(step, p, lr, weight_decay, tiled), h
+        ):
+            if compile and not batch:
+                return fused_delta(th, p, g, h, lr, weight_decay, post)
+            more = (size_of(p), lr, weight_decay, post, own)
+            return _tiled(th, p, g, h, axes, *more, batch=batch)
+        step, h = direction(th, p, g, h, axes)
+        if post is not None and axes.factored is not None:
+            step = post(step)
+        return normalized_delta(step, p, lr, weight_decay, axes), h
+
+    def size_of(p: Tensor) -> int:
+        return chunk_size or (TILE if p.device.type == "cpu" else p.numel())
 
     return lift(
         _init,
@@ -157,6 +178,8 @@ def normalized_mlp(
             "weight_decay": weight_decay,
             "vector_lr_mult": vector_lr_mult,
         },
+        batched=True,
+        owning=True,
     )
 
 
@@ -209,6 +232,54 @@ def _init(generator: torch.Generator | None = None) -> Tree:
     th["w2"] *= 0.1
     th["w2"][:2, 0] = torch.tensor([1.0, -1.0])
     return th
+
+
+def _tiled(
+    th: Tree,
+    p: Tensor,
+    g: Tensor,
+    h: dict[str, Tensor],
+    axes: Axes,
+    size: int,
+    lr: Any,
+    weight_decay: Any,
+    post: Any,
+    own: bool,
+    *,
+    batch: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`tiled_delta` in the order of axes that suits the tensor."""
+    assert axes.factored is not None
+    d1, d0 = axes.factored
+    means = squared_means(g, (d1, d0), size)
+    layout = small_matrices_first(tuple(p.shape), batch)
+    if layout is None:
+        return tiled_delta(th, p, g, h, axes, means, size, lr, weight_decay, post, own)
+    lacking = {"row": d0, "col": d1}
+    state = {k: layout.into(x) for k, x in h.items() if k not in lacking}
+    state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
+    means = (layout.into_without(means[0], d0), layout.into_without(means[1], d1))
+    numbers = [
+        layout.into(x) if isinstance(x, Tensor) and x.ndim else x for x in (lr, weight_decay)
+    ]
+    delta, new = tiled_delta(
+        th,
+        layout.into(p),
+        layout.into(g),
+        state,
+        Axes(
+            tuple(layout.order.index(i) for i in axes.matrix),
+            (layout.order.index(d1), layout.order.index(d0)),
+        ),
+        means,
+        size,
+        *numbers,
+        None if post is None else lambda x: layout.into(post(layout.back(x))),
+        own,
+    )
+    found = {k: layout.back(x) for k, x in new.items() if k not in lacking}
+    found |= {k: layout.back_without(new[k], axis) for k, axis in lacking.items()}
+    return layout.back(delta), found
 
 
 def _adamw(

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from fmeta.optimizers._common import ema
-from fmeta.optimizers._features import factored_axes
 from fmeta.optimizers._fused import compiled, layer, sums_of_squares
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
-    _RMS_DECAY as RMS_DECAY,
-    _factored as factored_features,
-    _main_columns as main_columns,
-    _second_moments as second_moments,
+    RMS_DECAY,
+    axes_of,
+    factored_features,
+    main_columns,
+    second_moments,
 )
 
 __all__ = ["fused_delta"]
@@ -44,10 +44,12 @@ def fused_delta(
     Args:
         orthogonalized: what is done to the direction before it is divided by its rms.
     """
-    d1, d0 = factored_axes(p.shape)
+    axes = axes_of(tuple(p.shape))
+    assert axes.factored is not None
+    d1, d0 = axes.factored
     squares = compiled(_squared_means)(g, d0, d1)
     new = second_moments(h, *squares)
-    row_factor, col_factor, row_bias, col_bias = factored_features(th, new, (d1, d0))
+    row_factor, col_factor, row_bias, col_bias = factored_features(th, new, axes)
     moments = compiled(_moments)(g, *(h[name] for name in MOMENTS))
     seen = (p, g, *moments, row_factor, col_factor)
     scale = [_inverse_rms(s, p) for s in compiled(_feature_squares)(*seen)]

@@ -1,13 +1,13 @@
 """The network of `normalized_mlp`: features of one tensor, and the direction it makes of them.
 
-The formulas are written once; `direction` runs them on a whole tensor, `tiled_direction` tile by
-tile in memory that is used again, where no derivative is recorded.
+The formulas are written once; `direction` runs them on a whole tensor, `tiled_delta` tile by tile
+in memory that is used again, where no derivative is recorded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,26 @@ from fmeta.optimizers._features import (
     tiled_means,
 )
 
-__all__ = ["DECAYS", "MOMENTS", "TILE", "direction", "normalized_delta", "tiled_direction"]
+__all__ = [
+    "DECAYS",
+    "MOMENTS",
+    "RMS_DECAY",
+    "TILE",
+    "Axes",
+    "axes_of",
+    "direction",
+    "factored_features",
+    "main_columns",
+    "normalized_delta",
+    "second_moments",
+    "squared_means",
+    "tiled_delta",
+]
 
 Tree = Any
 
 DECAYS = (0.9, 0.99, 0.999)  # of the momenta, and of the factored second moments
-_RMS_DECAY = 0.95
+RMS_DECAY = 0.95
 MOMENTS = ("m0", "m1", "m2", "rms")
 
 # Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
@@ -40,67 +54,115 @@ TILE = 2**16
 _ALONE = 2**11
 
 
-def matrix_axes(p: Tensor) -> tuple[int, ...]:
-    return (-2, -1)[-p.ndim :] if p.ndim else ()
+class Axes(NamedTuple):
+    """Which axes of a tensor (or of a stack of tensors) a rule knows.
+
+    Attributes:
+        matrix: over which features are normalised: the last two of a leaf.
+        factored: ``(d1, d0)`` of the second moments; None for fewer than two axes.
+    """
+
+    matrix: tuple[int, ...]
+    factored: tuple[int, int] | None
+
+
+def axes_of(shape: tuple[int, ...], batch: int = 0) -> Axes:
+    """The axes of leaves of one shape, stacked along ``batch`` leading axes."""
+    n = len(shape)
+    matrix = tuple(range(max(n - 2, batch), n))
+    if n - batch < 2:
+        return Axes(matrix, None)
+    d1, d0 = factored_axes(shape[batch:])
+    return Axes(matrix, (d1 + batch, d0 + batch))
 
 
 def direction(
-    th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor]
+    th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], axes: Axes
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The network's direction for a whole tensor, ``(*leaf)``, and the new state."""
+    """The network's direction for a whole tensor, of the shape of ``p``, and the new state."""
     g = _clamped(g)
     square = g * g
     new = _moments(g, square, h)
-    if p.ndim < 2:
+    if axes.factored is None:
         new["v"] = stacked_ema(h["v"], square, DECAYS)
         x = _features(p, g, new, clamped_rsqrt(new["v"] + 1e-9).movedim(-1, 0), None)
         w, bias = th["w0"].narrow(0, 0, 15).mT, th["b0"].reshape(8, *(1,) * p.ndim)
     else:
-        axes = factored_axes(p.shape)
-        new |= _second_moments(h, square.mean(axes[1]), square.mean(axes[0]))
-        row_factor, col_factor, row_bias, col_bias = _factored(th, new, axes)
+        d1, d0 = axes.factored
+        new |= second_moments(h, square.mean(d0), square.mean(d1))
+        row_factor, col_factor, row_bias, col_bias = factored_features(th, new, axes)
         x = _features(p, g, new, row_factor, col_factor)
-        w, bias = _main_columns(th), row_bias + col_bias
-    w, x = _scaled(w, x, _scale(sum_of_squares(x, matrix_axes(p)), p))
+        w, bias = main_columns(th), row_bias + col_bias
+    w, x = _scaled(w, x, _scale(sum_of_squares(x, _after_features(axes)), p, axes))
     out = _network(
         _layers(th), w, bias.expand(8, *p.shape).reshape(8, -1), x.reshape(x.shape[0], -1)
     )
     return out.reshape(p.shape), new
 
 
-def tiled_direction(
-    th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], size: int
+def squared_means(g: Tensor, axes: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Means of the clamped gradient's square over d0 and over d1 of ``axes = (d1, d0)``."""
+    return tiled_means(lambda part, out: _clamped(part, out).square_(), g, axes, size)
+
+
+def normalized_delta(step: Tensor, p: Tensor, lr: Any, weight_decay: Any, axes: Axes) -> Tensor:
+    """``-lr * (step / rms(step) + weight_decay * p)``."""
+    delta = step * (-lr * _scale(sum_of_squares(step, axes.matrix), p, axes))
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return delta
+    return delta + -lr * weight_decay * p
+
+
+def tiled_delta(
+    th: Tree,
+    p: Tensor,
+    g: Tensor,
+    h: dict[str, Tensor],
+    axes: Axes,
+    means: tuple[Tensor, Tensor],
+    size: int,
+    lr: Any,
+    weight_decay: Any,
+    post: Callable[[Tensor], Tensor] | None = None,
+    own: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same, tile by tile in memory that is used again and again; only without derivatives.
+    """`direction` and `normalized_delta`, tile by tile in memory that is used again and again.
 
     Two passes: the features' sums of squares, then the features once more and the network. To
-    store the 18 features in between would cost more than to make them of six tensors again.
+    store the 18 features in between would cost more than to make them of six tensors again. Only
+    without derivatives.
+
+    Args:
+        means: of the squared gradient, by `squared_means`.
+        post: what is done to the direction before it is normalised.
+        own: whether the state's memory may be used for the new one.
     """
-    axes = factored_axes(p.shape)
-    new = {name: torch.empty_like(p) for name in MOMENTS}
-    new |= _second_moments(
-        h, *tiled_means(lambda part, out: _clamped(part, out).square_(), g, axes, size)
-    )
-    small = _factored(th, new, axes)
-    tiles = list(split(p.shape, size, alone=_ALONE))
+    new = {name: h[name] if own else p.new_empty(p.shape) for name in MOMENTS}
+    new |= second_moments(h, *means)
+    small = factored_features(th, new, axes)
+    tiles = list(split(p.shape, size, axes.matrix, alone=_ALONE))
     memory = _Memory(p, max(math.prod(tile.shape) for tile in tiles))
+    after = _after_features(axes)
 
     def features(tile: Tile, values: dict[str, Tensor], g: Tensor, x: _Slots) -> Tensor:
         row_factor, col_factor = (tile.of_broadcast(s) for s in small[:2])
         return _features(tile.of(p), g, values, row_factor, col_factor, x)
 
-    squares = p.new_zeros(18, *p.shape[:-2], 1, 1)
+    squares = p.new_zeros(18, *(1 if i in axes.matrix else n for i, n in enumerate(p.shape)))
     for tile in tiles:
         x, (square, _) = memory.features(tile.shape), memory.layers(tile.shape)
         part = _clamped(tile.of(g), out=x.g)
         square = torch.mul(part, part, out=square[0].view(tile.shape))
         values = {name: tile.of(new[name]) for name in MOMENTS}
         _moments(part, square, {name: tile.of(h[name]) for name in MOMENTS}, values)
-        sums = sum_of_squares(features(tile, values, part, x), (-2, -1), fused=True)
-        tile.of_broadcast(squares).add_(sums)
+        tile.of_broadcast(squares).add_(
+            sum_of_squares(features(tile, values, part, x), after, fused=True)
+        )
 
-    scale, columns, layers = _scale(squares, p), _main_columns(th), _layers(th)
-    step = torch.empty_like(p)
+    scale, columns, layers = _scale(squares, p, axes), main_columns(th), _layers(th)
+    # With whole matrices in every tile the direction's rms is known there.
+    whole = post is None and all(tile.shape[i] == p.shape[i] for tile in tiles for i in axes.matrix)
+    step, squares = torch.empty_like(p), torch.zeros_like(squares[0])
     for tile in tiles:
         x, (first, second) = memory.features(tile.shape), memory.layers(tile.shape)
         part = _clamped(tile.of(g), out=x.g)
@@ -108,21 +170,22 @@ def tiled_direction(
         w, made = _scaled(columns, made, tile.of_broadcast(scale), own=True)
         row_bias, col_bias = (tile.of_broadcast(s) for s in small[2:])
         torch.add(row_bias, col_bias, out=first.view(8, *tile.shape))
-        out = _network(layers, w, first, made.flatten(1), out=(first, second))
-        tile.of(step).copy_(out.view(tile.shape))
-    return step, new
-
-
-def normalized_delta(step: Tensor, p: Tensor, lr: Any, weight_decay: Any, own: bool) -> Tensor:
-    """``-lr * (step / rms(step) + weight_decay * p)``, in the memory of ``step`` if that is own."""
-    factor = -lr * _scale(sum_of_squares(step, matrix_axes(p), fused=own), p)
-    delta = step.mul_(factor) if own else step * factor
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return delta
+        out = _network(layers, w, first, made.flatten(1), out=(first, second)).view(tile.shape)
+        if post is None:
+            sums = sum_of_squares(out, axes.matrix, fused=True)
+            if whole:
+                out.mul_(_scale(sums, p, axes))
+            else:
+                tile.of_broadcast(squares.unsqueeze(0)).add_(sums.unsqueeze(0))
+        tile.of(step).copy_(out)
+    if post is not None:
+        step = post(step)
+        squares = sum_of_squares(step, axes.matrix)
+    delta = step.mul_(-lr if whole else -lr * _scale(squares, p, axes))
     rate = -lr * weight_decay
-    if own and isinstance(rate, (int, float)):
-        return delta.add_(p, alpha=rate)
-    return delta + rate * p
+    if isinstance(rate, Tensor):
+        return delta.addcmul_(rate, p), new
+    return (delta.add_(p, alpha=rate) if rate else delta), new
 
 
 # -- formulas ----------------------------------------------------------------------------------
@@ -138,10 +201,10 @@ def _moments(
     """Momenta and second moment after the clamped gradient ``g`` and its square."""
     slots = out or dict.fromkeys(MOMENTS)
     new = {n: ema(h[n], g, d, slots[n]) for n, d in zip(MOMENTS, DECAYS, strict=False)}
-    return {**new, "rms": ema(h["rms"], square, _RMS_DECAY, slots["rms"])}
+    return {**new, "rms": ema(h["rms"], square, RMS_DECAY, slots["rms"])}
 
 
-def _second_moments(h: Mapping[str, Tensor], row: Tensor, col: Tensor) -> dict[str, Tensor]:
+def second_moments(h: Mapping[str, Tensor], row: Tensor, col: Tensor) -> dict[str, Tensor]:
     """Factored second moments after the means of the squared gradient over one axis each."""
     return {
         "row": stacked_ema(h["row"], row + 1e-30, DECAYS),
@@ -190,8 +253,8 @@ def _features(
     return torch.cat([*rows, g_root.unsqueeze(0), *([] if m_factor is None else [m_factor])])
 
 
-def _factored(
-    th: Tree, state: Mapping[str, Tensor], axes: tuple[int, int]
+def factored_features(
+    th: Tree, state: Mapping[str, Tensor], axes: Axes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What depends on the factored second moments alone, each with size 1 on the axis it lacks.
 
@@ -202,13 +265,14 @@ def _factored(
         ``(row_factor, col_factor, row_bias, col_bias)``: ``(3, *)`` and ``(8, *)``, ``b0`` being
         part of ``row_bias``.
     """
+    assert axes.factored is not None
     w0, factor, bias = th["w0"], [], []
     both = state["row"], state["col"]
-    parts = zip(both, factors(*both, axes), axes[::-1], (15, 18), strict=True)
+    parts = zip(both, factors(*both, axes.factored), axes.factored[::-1], (15, 18), strict=True)
     for second, its_factor, axis, i in parts:
         factor.append(_packed(its_factor.movedim(-1, 0)).unsqueeze(axis + 1))
         x = second.movedim(-1, 0).unsqueeze(axis + 1)
-        x = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), (-2, -1))
+        x = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), _after_features(axes))
         w = torch.cat([w0.narrow(0, i, 3), w0.narrow(0, i + 6, 3)])
         bias.append((w.mT @ x.flatten(1)).reshape(8, *x.shape[1:]))
     b0 = th["b0"].reshape(8, *(1,) * (bias[0].ndim - 1))
@@ -220,12 +284,17 @@ def _packed(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _scale(squares: Tensor, p: Tensor) -> Tensor:
+def _after_features(axes: Axes) -> tuple[int, ...]:
+    """The matrix axes of ``(features, *shape)``."""
+    return tuple(i + 1 for i in axes.matrix)
+
+
+def _scale(squares: Tensor, p: Tensor, axes: Axes) -> Tensor:
     """``1 / rms`` from sums of squares over the matrix axes of ``p``."""
-    return torch.rsqrt(squares / math.prod(p.shape[-2:]) + 1e-9)
+    return torch.rsqrt(squares / math.prod(p.shape[i] for i in axes.matrix) + 1e-9)
 
 
-def _main_columns(th: Tree) -> Tensor:
+def main_columns(th: Tree) -> Tensor:
     """The first layer's weights of `_features`, ``(8, 18)``."""
     return torch.cat([th["w0"].narrow(0, 0, 15), th["w0"].narrow(0, 27, 3)]).mT
 
