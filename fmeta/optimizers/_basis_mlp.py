@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._newton_schulz import orthogonalize
 from fmeta._treewise import treewise
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_number, count, ema
-from fmeta.optimizers._features import orthogonalize
 from fmeta.random import own
 
 __all__ = ["basis_mlp"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta._numbers import check_number, check_numbers, nothing_to_learn
+from fmeta._roots import safe_sqrt
 
 __all__ = [
     "bias_corrections",
@@ -19,12 +20,6 @@ __all__ = [
     "nothing_to_learn",
     "safe_sqrt",
 ]
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """The square root, with derivative 0 (of every order) instead of infinity at 0."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
 def count(param: Tensor) -> Tensor:

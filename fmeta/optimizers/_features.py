@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fmeta._autodiff import inside_transform
-from fmeta.optimizers._common import ema, safe_sqrt
+from fmeta.optimizers._common import ema
 
 __all__ = [
     "Tile",
@@ -25,7 +25,6 @@ __all__ = [
     "factors",
     "is_unobserved",
     "normalize",
-    "orthogonalize",
     "split",
     "stacked_ema",
     "start_factored",
@@ -98,21 +97,6 @@ def normalize(x: Tensor, dims: tuple[int, ...], eps: float = 1e-9) -> Tensor:
     """``x / sqrt(eps + mean(x^2))``, the mean over ``dims``."""
     mean = x.square().mean(dims, keepdim=True) if dims else x.square()
     return x * torch.rsqrt(eps + mean)
-
-
-def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz: the singular values of ``(*, rows, columns)`` are moved to about 1.
-
-    Reference:
-        Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
-    """
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (safe_sqrt(x.square().sum((-2, -1), keepdim=True)) + 1e-8)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
 
 
 class Tile(NamedTuple):

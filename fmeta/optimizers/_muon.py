@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta._lift import lift
+from fmeta._newton_schulz import orthogonalize
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import (
     bias_corrections,
@@ -22,8 +23,6 @@ __all__ = ["muon"]
 
 Tree = Any
 
-# Of the quintic a x + b x^3 + c x^5 that drives singular values into about [0.7, 1.2] (Jordan).
-_A, _B, _C = 3.4445, -4.7750, 2.0315
 _LAYOUTS = ("out_in", "in_out")
 
 
@@ -106,7 +105,7 @@ def muon(
         out_first = layout == "out_in" or p.ndim > 2
         fan_out, fan_in = x.shape if out_first else (x.shape[1], x.shape[0])
         scale = max(1.0, fan_out / max(1, fan_in)) ** 0.5
-        direction = scale * _orthogonalized(x, ns_steps).reshape(p.shape)
+        direction = scale * orthogonalize(x, ns_steps).reshape(p.shape)
         return -lr * (direction + decay * p), {"m": m, "count": steps}
 
     def _vector(
@@ -150,14 +149,3 @@ def _corrected(m: Tensor, g: Tensor, beta: Any, steps: Tensor, nesterov: bool) -
         return m / now
     following = bias_corrections((beta, beta), steps + 1, m.dtype)[0]
     return beta * m / following + (1 - beta) * g / now
-
-
-def _orthogonalized(x: Tensor, steps: int) -> Tensor:
-    """The nearest orthogonal matrix, about: the same singular vectors, values near one."""
-    tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x  # the smaller of the two Gram matrices
-    x = x / (safe_sqrt((x * x).sum()) + 1e-8)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if tall else x

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fmeta._lift import lift
+from fmeta._newton_schulz import orthogonalize as orthogonalized
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
 from fmeta.optimizers._features import is_unobserved, start_factored
-from fmeta.optimizers._features import orthogonalize as orthogonalized
 from fmeta.optimizers._fused import FUSED_NUMEL
 from fmeta.optimizers._layout import small_matrices_first
 from fmeta.optimizers._normalized_mlp_fused import fused_delta
