@@ -291,7 +291,7 @@ def _after_features(axes: Axes) -> tuple[int, ...]:
 
 def _scale(squares: Tensor, p: Tensor, axes: Axes) -> Tensor:
     """``1 / rms`` from sums of squares over the matrix axes of ``p``."""
-    return torch.rsqrt(squares / math.prod(p.shape[i] for i in axes.matrix) + 1e-9)
+    return torch.rsqrt(squares / math.prod([p.shape[i] for i in axes.matrix]) + 1e-9)
 
 
 def main_columns(th: Tree) -> Tensor:

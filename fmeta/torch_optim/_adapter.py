@@ -96,6 +96,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._compile = compile
         self._compiled: Any = None
         self._owned = False  # whether no two tensors of the state share memory
+        self._fresh = False  # whether nobody else was given the tensors of the state
         self._clean_for: list[int] | None = None  # the update was checked for these parameters
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # parameters, while evaluating
         self._weights: tuple[Any, Tree] | None = None
@@ -215,6 +216,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 states[i].update(slots[i].entries(out.leaves[keys[i]]))
             common = self._shared_slots.entries(out.shared)
             self._owned = False
+            self._fresh = True
             self._clean_for = call.active if out.clean or not call.inputs.careful else None
         if out.skipped is not None:
             common = {**common, SKIPPED: out.skipped}
@@ -274,6 +276,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
     # Saving and loading
 
     @kept_out
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim, but that later steps do not change what is in it."""
+        self._fresh = False
+        found = super().state_dict()
+        state = {k: dict(x) if isinstance(x, dict) else x for k, x in found["state"].items()}
+        return {**found, "state": state}
+
+    @kept_out
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state that `state_dict` gave, exactly.
 
@@ -285,10 +295,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         with loaded_exactly(self):
             super().load_state_dict(state_dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved by a version with fewer options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_compiled", "_weights")
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        return {**state, **dict.fromkeys(dropped)}
+        return {**state, **dict.fromkeys(dropped), "_fresh": False}
 
     def __repr__(self) -> str:
         rule = self._rule

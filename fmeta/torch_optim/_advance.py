@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import consuming_update
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.torch_optim import _sharded
 from fmeta.torch_optim._in_place import apart, move, write
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
             finite; None: such steps are made.
         sharded: whether any parameter is a DTensor.
         in_place: whether the hidden state is written into the tensors that hold it.
+        consumes: whether a rule that can may use the memory of the old hidden state.
         careful: whether to look for wrong shapes and for memory that is used twice.
     """
 
@@ -63,6 +65,7 @@ class Inputs(NamedTuple):
     skipped: Tensor | None
     sharded: bool
     in_place: bool
+    consumes: bool
     careful: bool
 
 
@@ -87,7 +90,7 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
     for group in x.groups:
         if group.maximize:
             grads = _negated(grads, group.keys)
-    update = _sharded.update if x.sharded else _plain
+    update = _sharded.update if x.sharded else _consuming if x.consumes else _plain
     delta, new = update(
         optimizer, x.opt_params, x.params, grads, x.hidden, loss=x.loss, extras=x.extras
     )
@@ -134,19 +137,25 @@ def all_finite(grads: Sequence[Any], loss: Tensor | None, sharded: Tree = ()) ->
         loss: a scalar that must be finite too.
         sharded: the parameters, where any is a DTensor: then on no process.
     """
-    some = [y for x in grads if (y := _sharded.local(x)).numel()]
+    own = [_sharded.local(x) for x in grads]
+    some = [x for x in own if x.numel()]
     if loss is not None:
         some.append(loss)
-    if some:
-        largest = torch._foreach_norm(some, ord=float("inf"))
-        flag = torch.stack([x.to(torch.float32) for x in largest]).isfinite().all()
-    else:
-        flag = torch.ones((), dtype=torch.bool, device=grads[0].device)
+    flag = torch.ones((), dtype=torch.bool, device=grads[0].device)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in torch._foreach_norm(some, ord=float("inf")) if some else ():
+        by_dtype.setdefault(x.dtype, []).append(x)
+    for largest in by_dtype.values():
+        flag = flag & torch.stack(largest).isfinite().all()
     return _sharded.everywhere(flag, sharded)
 
 
 def _plain(optimizer: Optimizer, *args: Any, **kwargs: Any) -> tuple[Tree, Any]:
     return optimizer.update(*args, **kwargs)
+
+
+def _consuming(optimizer: Optimizer, *args: Any, **kwargs: Any) -> tuple[Tree, Any]:
+    return consuming_update(optimizer)(*args, **kwargs)
 
 
 def _negated(grads: Any, keys: Sequence[Any]) -> Any:

@@ -97,7 +97,11 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
     leaves: list[Any] = [{}] * at
     slots = opt._slots
     if len(active) < at:
-        params = [None] * at
+        # The others are shown where that costs nothing.
+        params = [
+            p if p.is_floating_point() and p.device == device and not sharded else None
+            for p in flat
+        ]
         for i in active:
             params[i] = flat[i]
     for i in active:
@@ -118,6 +122,7 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         _states.skipped_steps(opt) if masked else None,
         sharded,
         in_place,
+        opt._fresh and not (traced or in_place or masked or sharded),
         traced or active != opt._clean_for,
     )
     return Call(inputs, states, active, device)

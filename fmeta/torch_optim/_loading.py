@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fmeta.torch_optim._slots import SKIPPED
+from fmeta.torch_optim._slots import SKIPPED, slots_of
 
 __all__ = ["loaded_exactly"]
 
@@ -19,18 +20,26 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
 
     torch casts what it loads to the parameter's dtype; the hidden state of a bfloat16 parameter is
     float32 and its counts are integers. So the state is taken out of the dict before torch sees
-    it, after all hooks of users, and put back before their later hooks.
+    it, after all hooks of users, and put back before their later hooks. An error leaves the
+    optimizer as it was.
     """
-    taken: dict[str, Any] = {}
+    placed: dict[Any, Any] = {}
 
     def take(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check_weights(opt, state_dict["param_groups"])
-        taken.update(state_dict)
+        groups = state_dict["param_groups"]
+        _check_weights(opt, groups)
+        ids = [i for group in groups for i in group["params"]]
+        params = opt._params()
+        if len(ids) == len(params):  # else torch says what is wrong
+            placed.update(_placed(opt, dict(zip(ids, params, strict=True)), state_dict))
         return {**state_dict, "state": {}}
 
     def put(_: Any) -> None:
-        ids = [i for g in taken["param_groups"] for i in g["params"]]
-        place(opt, dict(zip(ids, opt._params(), strict=True)), taken["state"])
+        for group in opt.param_groups:
+            group["rule"] = opt._rule.name
+        opt._find_slots()
+        opt._owned = opt._fresh = False
+        opt.state.update(placed)
 
     hooks = (
         opt.register_load_state_dict_pre_hook(take),
@@ -43,7 +52,7 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
             hook.remove()
 
 
-def check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
+def _check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
     """Raises a ValueError when the state belongs to other weights."""
     for group in groups:
         got = group.get("weights_hash")
@@ -58,29 +67,39 @@ def check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
         )
 
 
-def place(opt: Any, params: dict[Any, Tensor], saved: dict[Any, Any]) -> None:
-    """Puts the saved state into the optimizer, in the dtypes of its rule."""
-    opt._find_slots()
+def _placed(opt: Any, params: dict[Any, Tensor], state_dict: dict[str, Any]) -> dict[Any, Any]:
+    """The saved state by parameter, in the dtypes of the rule and on the parameter's device."""
+    rule = opt._rule
+    horizon = state_dict["param_groups"][0].get("num_steps", opt._horizon())
+    slots, shared = slots_of(rule.optimizer, rule.opt_params, opt._param_tree(), horizon)
     positions = {id(p): i for i, p in enumerate(opt._params())}
-    opt._owned = False
-    for key, state in saved.items():
+    found: dict[Any, Any] = {}
+    for key, state in state_dict["state"].items():
         if key not in params:
-            opt.state[key] = state
+            found[key] = state  # of no parameter: kept as it is, as torch does
+            continue
+        if not state:
             continue
         p = params[key]
         i = positions[id(p)]
-        if not state:
-            continue
-        slots = [opt._slots[i], opt._shared_slots]
-        kinds = {k: kind for s in slots for k, kind in zip(s.keys, s.kinds, strict=True)}
-        missing = [k for k in kinds if k not in state]
-        extra = [k for k in state if k not in kinds and k != SKIPPED]
-        if missing or extra:
+        kinds = {
+            k: kind for s in (slots[i], shared) for k, kind in zip(s.keys, s.kinds, strict=True)
+        }
+        if {*state} - {SKIPPED} != {*kinds}:
             raise ValueError(
-                f"the state of {opt._label(i)} holds {', '.join(state)}, but that of the rule "
-                f"{opt._rule.name} is {', '.join(kinds) or 'empty'}: it was saved by another rule"
+                f"the state of {opt._label(i)} holds {', '.join(sorted(state))}, but that of the "
+                f"rule {rule.name} is {', '.join(kinds) or 'empty'}: it was saved by another rule"
             )
-        opt.state[p] = {k: _settled(x, kinds.get(k), p) for k, x in state.items()}
+        plain = type(p) in (Tensor, torch.nn.Parameter)
+        for k, kind in kinds.items() if plain else ():
+            if isinstance(state[k], Tensor) and kind and tuple(state[k].shape) != kind[0]:
+                raise ValueError(
+                    f"the state {k!r} of {opt._label(i)} has shape {tuple(state[k].shape)}, "
+                    f"expected {kind[0]}: it was saved for another model, or its parameters came "
+                    "in another order"
+                )
+        found[p] = {k: _settled(x, kinds.get(k), p) for k, x in state.items()}
+    return found
 
 
 def _settled(x: Any, kind: Any, param: Tensor) -> Any:

@@ -125,4 +125,7 @@ def _again(name: str, opt_params: Tree) -> Rule:
 
 def _check(name: str, own: Tree, opt_params: Tree) -> None:
     what = "opt_params" if name == "custom" else f"opt_params of {name}"
-    trees.match(own, opt_params, what, allow_none=False)
+    try:
+        trees.match(own, opt_params, what, allow_none=False)
+    except ValueError as error:
+        raise ValueError(f"{error}; give weights of this rule, or None for its init()") from None

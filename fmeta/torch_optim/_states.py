@@ -33,11 +33,8 @@ def fetch(opt: Any, flat: Sequence[Tensor], active: Sequence[int], weights: Tree
         return found
     # What belongs to the whole model starts from all that may ever be updated.
     whole = holder is None and opt._shared_slots.keys
-    some: list[Any] = [None] * len(flat)
-    for i in {*new, *(i for i, p in enumerate(flat) if whole and p.requires_grad)}:
-        some[i] = flat[i]
-    rule = opt._rule
-    hidden = started(rule.optimizer, weights, opt._tree(some), opt._horizon())
+    chosen = {*new, *(i for i, p in enumerate(flat) if whole and p.requires_grad)}
+    hidden = _first(opt, weights, flat, chosen)
     keys = opt._keys()
     leaves, shared, _ = apart(
         [flat[i] for i in new], {i: hidden.leaves[keys[i]] for i in new}, hidden.shared
@@ -52,6 +49,23 @@ def fetch(opt: Any, flat: Sequence[Tensor], active: Sequence[int], weights: Tree
         state[flat[i]] = found[i]
     opt._owned = False
     return found
+
+
+def _first(opt: Any, weights: Tree, flat: Sequence[Tensor], chosen: set[int]) -> Any:
+    """The rule's first state of some parameters (and of others, where it cannot leave them out)."""
+    rule, horizon = opt._rule, opt._horizon()
+
+    def start(some: set[int]) -> Any:
+        values = [p if i in some else None for i, p in enumerate(flat)]
+        return started(rule.optimizer, weights, opt._tree(values), horizon)
+
+    try:
+        return start(chosen)
+    except Exception:
+        same = {i for i, p in enumerate(flat) if p.is_floating_point()}
+        if same == chosen:
+            raise
+        return start(same)  # written by hand, perhaps, without a thought of None
 
 
 def holder_of(opt: Any, slots: Slots) -> Any:
