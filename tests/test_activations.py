@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import grad, jvp, vmap
 
 import fmeta
-from fmeta.functional import activations
+from fmeta.functional import activations, layer_activity
 from fmeta.random import fold_in
 
 
@@ -128,3 +128,23 @@ def test_what_cannot_be_recorded_says_so(case):
     call, kind, words = ERRORS[case]
     with pytest.raises(kind, match=words):
         call()
+
+
+# --- activity beside parameters ------------------------------------------------------------------
+
+
+def test_a_layers_activity_broadcasts_to_its_parameters():
+    w, b = torch.randn(2, 3, generator=fold_in(1)), torch.randn(2, generator=fold_in(2))
+    x = torch.randn(4, 5, 3, generator=fold_in(3))  # all but the last dimension are the batch
+    z = x @ w.T + b
+    error = torch.cos(z)
+    layer = layer_activity(x, z, "w", "b", error=error)
+    assert list(layer) == ["w", "b"]
+    outer = (layer["w"]["inputs"] * layer["w"]["error"]).sum(0)
+    close(outer, torch.einsum("tbo,tbi->oi", error, x))
+    close((layer["b"]["inputs"] * layer["b"]["error"]).sum(0), error.sum((0, 1)))
+    turned = layer_activity(x, z, "w", out_first=False, error=error)
+    assert list(turned) == ["w"]
+    close((turned["w"]["inputs"] * turned["w"]["error"]).sum(0), outer.T)
+    close((layer["w"]["inputs"] * w).sum(2) + b, layer["b"]["outputs"])
+    assert "error" not in layer_activity(x, z, "w")["w"]
