@@ -8,6 +8,7 @@ from torch.func import grad, vmap
 
 import fmeta
 from fmeta import optimizers, trees
+from fmeta._leafwise import is_leafwise
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.random import fold_in
 
@@ -567,6 +568,19 @@ def test_a_wrapper_takes_the_inner_ones_learned_parameters(name):
     assert wrapper.init() == rule.init()
     needy = rule._replace(needs=frozenset({"loss", "activations"}))
     assert WRAPPERS[name](needy).needs == {"loss", "activations"}
+
+
+@pytest.mark.parametrize("name", ["averaged", "lookahead"])
+def test_leaves_may_go_a_few_at_a_time_where_the_inner_one_lets_them(name):
+    rule = WRAPPERS[name](optimizers.adam(0.1))
+    assert is_leafwise(rule)
+    assert not is_leafwise(WRAPPERS[name](fmeta.chain(fmeta.clip_by_global_norm(1.0))))
+    params, hidden = run(rule, map(gradients, range(3)))[-1]
+    whole, state = rule.update({}, params, gradients(3), hidden)
+    for key in PARAMS:
+        absent = [k for k in PARAMS if k != key]
+        delta, alone = rule.update({}, params, gradients(3, absent), hidden)
+        close((delta[key], alone.leaves[key]), (whole[key], state.leaves[key]), 0)
 
 
 @wrappers

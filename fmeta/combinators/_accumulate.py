@@ -89,7 +89,7 @@ def accumulate(optimizer: Optimizer, every: Any) -> Optimizer:
         spec = trees.flatten(model_params)[1]
         steps = hidden.shared["t"] + 1
         ready = steps >= every
-        shared: dict[str, Any] = {"t": torch.where(ready, 0, steps)}
+        shared: dict[str, Any] = {**hidden.shared, "t": torch.where(ready, 0, steps)}
         if reads_loss and loss is not None:
             total = hidden.shared["loss"] + loss
             loss = total / steps

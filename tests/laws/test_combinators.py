@@ -167,6 +167,27 @@ RULES = {
         ),
         warm_up,
     ),
+    "scheduled by fmeta.schedules": fmeta.scheduled(
+        MOMENTUM, fmeta.schedules.warmup_cosine(2, end=0.1, start=0.2)
+    ),
+    "apply_if_finite": fmeta.apply_if_finite(ADAM, 2),
+    "accumulate": fmeta.accumulate(MOMENTUM, 2),
+    "averaged": fmeta.averaged(ADAM, 0.9),
+    "averaged from a start": fmeta.averaged(MOMENTUM, "uniform", start=1),
+    "lookahead": fmeta.lookahead(MOMENTUM, 2),
+    "chain of clip_by_value and adam": fmeta.chain(fmeta.clip_by_value(0.5), ADAM),
+    "chain of orthogonalize and momentum": fmeta.chain(fmeta.orthogonalize(), MOMENTUM),
+    "all wrappers": fmeta.averaged(
+        fmeta.lookahead(
+            fmeta.apply_if_finite(
+                fmeta.accumulate(
+                    fmeta.scheduled(fmeta.treewise(NormShare), fmeta.schedules.cosine()), 2
+                )
+            ),
+            2,
+        ),
+        0.9,
+    ),
     "coordinatewise Linear": LINEAR,
     "coordinatewise LSTMCell": CELL,
     "coordinatewise net in chunks": CHUNKED,
@@ -176,7 +197,7 @@ RULES = {
     "treewise rule": fmeta.treewise(NormShare),
     "optimizer_from_step": WRITTEN,
 }
-AXES = {"tensorwise rule"}
+AXES = {"tensorwise rule", "chain of orthogonalize and momentum"}
 NO_SPLIT = {"optimizer_from_step"}  # its hidden state is not an fmeta.Hidden
 
 
@@ -191,8 +212,9 @@ def test_every_law_but_one_compilation(name):
     assert set(report.held) == set(LAWS) - left_out
 
 
-def test_one_compilation():
-    check_optimizer(RULES["all of them"], laws=["compiles_once"])
+@pytest.mark.parametrize("name", ["all of them", "all wrappers"])
+def test_one_compilation(name):
+    check_optimizer(RULES[name], laws=["compiles_once"])
 
 
 @pytest.mark.slow
@@ -200,6 +222,32 @@ def test_one_compilation():
 def test_one_compilation_of_all(name):
     for params in fmeta.testing.built_in_trees().values():
         compiles_once(RULES[name], params)
+
+
+WRAPPERS = {
+    "apply_if_finite": fmeta.apply_if_finite,
+    "accumulate": lambda rule: fmeta.accumulate(rule, 2),
+    "averaged": lambda rule: fmeta.averaged(rule, 0.9),
+    "lookahead": lambda rule: fmeta.lookahead(rule, 2),
+}
+LEARNED = {
+    "normalized_mlp": fmeta.optimizers.normalized_mlp(lr=0.1),
+    "basis_mlp": fmeta.optimizers.basis_mlp(),  # treewise, needs the horizon
+}
+wrapped_learned = [(w, name) for w in WRAPPERS for name in LEARNED]
+
+
+@pytest.mark.parametrize(("wrapper", "name"), wrapped_learned)
+def test_wrapped_learned_rules(wrapper, name):
+    laws = ["kinds_kept", "none_gradients_skip", "vmap_equals_loop", "needs_enforced"]
+    check_optimizer(WRAPPERS[wrapper](LEARNED[name]), laws=laws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrapper", "name"), wrapped_learned)
+def test_every_law_of_wrapped_learned_rules(wrapper, name):
+    report = check_optimizer(WRAPPERS[wrapper](LEARNED[name]), equivariance="axes")
+    assert set(report.held) == set(LAWS)
 
 
 # ---- algebra ------------------------------------------------------------------------------------
@@ -246,6 +294,11 @@ def test_neutral_elements(name, data):
         "mask tree of True": fmeta.masked(rule, trees.map(lambda x: True, params)),
         "schedule 1": fmeta.scheduled(rule, lambda t, n: 1.0),
         "no decay": fmeta.with_weight_decay(rule, 0.0),
+        "clipping values far away": fmeta.chain(fmeta.clip_by_value(1e9), rule),
+        "finite gradients": fmeta.apply_if_finite(rule),
+        "accumulation of one": fmeta.accumulate(rule, 1),
+        "an average on the side": fmeta.averaged(rule),
+        "no way back": fmeta.lookahead(rule, 2, slow_rate=1.0),
     }
     for other in same.values():
         equal(trajectory(other, params, grads), want)
