@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leaves import Leaves, check_state, start_leaves
+from fmeta._leaves import RULE_ERRORS, Leaves, check_state, start_leaves
 from fmeta._lift import lift
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
@@ -121,13 +121,19 @@ def treewise(rule: Any) -> Optimizer:
         columns = [trees.leaves(at.states[i]["tensor"]) for i in at.active]
         spec = trees.flatten(at.states[at.active[0]]["tensor"])[1]
         tensors = trees.unflatten(spec, [torch.stack(c) for c in zip(*columns, strict=True)])
-        controls, tensors, shared = mix(
-            trees.cast(opt_params, dtype),
-            torch.stack([x.to(dtype) for x in rows]),
-            tensors,
-            hidden.shared,
-            **({"loss": loss, "extras": extras} if needs else {}),
-        )
+        try:
+            controls, tensors, shared = mix(
+                trees.cast(opt_params, dtype),
+                torch.stack([x.to(dtype) for x in rows]),
+                tensors,
+                hidden.shared,
+                **({"loss": loss, "extras": extras} if needs else {}),
+            )
+        except RULE_ERRORS as error:
+            better = at.explained(error, init, opt_params, dict)  # no key of a state is meant
+            if better is error:
+                raise
+            raise better from error
         told = controls.unbind(0)  # fake CUDA tensors refuse an index
         control: list[Any] = [told[0]] * len(at.params)
         states = trees.flatten_up_to(at.spec, seen.leaves, model_params, "the hidden state")

@@ -524,6 +524,33 @@ def test_treewise_equals_the_explicit_loop(absent):
     assert hidden.leaves["a"]["tensor"]["r"].shape == (2,)
 
 
+def test_treewise_rules_may_observe():
+    """The same rule with its momentum moved before the tensors talk, and the model's state seen."""
+
+    class Observing(Hierarchy):
+        summary = None
+
+        def observe(self, th, p, g, h, shared):
+            summary = torch.stack([g.square().sum(), h["m"].sum()])
+            return summary, {"m": 0.5 * h["m"] + g + 0 * shared["total"]}
+
+        def update(self, th, p, g, h, control):
+            return -th["lr"] * (control[0] * h["m"] + control[1] * p), h
+
+    rule = fmeta.treewise(Observing())
+    params, hidden = trajectory(rule, rule.init(), alternating)
+    want, total = hierarchy_by_hand(alternating)
+    close(params, want)
+    torch.testing.assert_close(hidden.shared["total"], total)
+
+
+def test_treewise_explains_weights_of_another_rule_in_mix():
+    rule, params = fmeta.treewise(Hierarchy()), start()
+    hidden = rule.init_hidden(rule.init(), params)
+    with pytest.raises(ValueError, match="opt_params do not fit this optimizer"):
+        rule.step({"lr": torch.ones(())}, params, gradients(0), hidden)
+
+
 def test_treewise_without_any_gradient_does_nothing():
     rule = fmeta.treewise(Hierarchy())
     params = start()

@@ -87,10 +87,9 @@ def nn_adam(
     """
     check_number("output_scale", output_scale)
     check_number("decay_strength", decay_strength)
-    if isinstance(lstm_hidden_size, bool) or not isinstance(lstm_hidden_size, int):
-        raise ValueError(f"lstm_hidden_size must be an integer, got {lstm_hidden_size!r}")
-    if lstm_hidden_size < 1:
-        raise ValueError(f"lstm_hidden_size must be at least 1, got {lstm_hidden_size}")
+    whole = isinstance(lstm_hidden_size, int) and not isinstance(lstm_hidden_size, bool)
+    if not whole or lstm_hidden_size < 1:
+        raise ValueError(f"lstm_hidden_size must be a positive integer, got {lstm_hidden_size!r}")
     numbers = {
         "initial_learning_rate": initial_learning_rate,
         "initial_epsilon": initial_epsilon,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
+
+from fmeta.pretrained._theta import Theta
 
 __all__ = ["from_google"]
 
@@ -65,7 +65,7 @@ def from_google(rule_name: str, theta: Mapping[str, Any]) -> Tree:
     if name not in _CONVERTERS:
         classes = ", ".join(f"{ours} ({theirs})" for theirs, ours in _ALIASES.items())
         raise ValueError(f"google has no weights for the rule {rule_name!r}: there are {classes}")
-    arrays = _Arrays(rule_name, theta)
+    arrays = Theta(rule_name, theta)
     opt_params = _CONVERTERS[name](arrays)
     arrays.check_all_taken()
     return opt_params
@@ -74,11 +74,11 @@ def from_google(rule_name: str, theta: Mapping[str, Any]) -> Tree:
 # -- one function a rule -----------------------------------------------------------------------
 
 
-def _mlp(a: _Arrays) -> Tree:
+def _mlp(a: Theta) -> Tree:
     return _layers(a, "mlp/linear_{}/{}", _MLP_INPUTS, 2, other="{1}{0}")
 
 
-def _adafactor_mlp(a: _Arrays) -> Tree:
+def _adafactor_mlp(a: Theta) -> Tree:
     decays = {k: a.take(f"{k}_decays", None) for k in ("momentum", "adafactor", "rms")}
     m, f, r = (len(x) for x in decays.values())
     # g, p; m, v, m v^-1/2, v^-1/2; six factored ones; the time.
@@ -87,7 +87,7 @@ def _adafactor_mlp(a: _Arrays) -> Tree:
     return {**layers, **{f"{k}_decays": x for k, x in decays.items()}}
 
 
-def _rnn_mlp(a: _Arrays) -> Tree:
+def _rnn_mlp(a: Theta) -> Tree:
     h0, c0 = _lstm_start(a)
     h = len(h0)
     from_rnn, from_mlp = a.take("initial_from_lstm", None), a.take("initial_from_mlp", None)
@@ -103,7 +103,7 @@ def _rnn_mlp(a: _Arrays) -> Tree:
     return {"rnn": rnn, "mlp": mlp}
 
 
-def _nn_adam(a: _Arrays) -> Tree:
+def _nn_adam(a: Theta) -> Tree:
     h0, c0 = _lstm_start(a)
     h = len(h0)
     lstm_w, lstm_b = _linear(a, "rnn_params/rnn/linear", _NN_ADAM_INPUTS + h, 4 * h)
@@ -114,7 +114,7 @@ def _nn_adam(a: _Arrays) -> Tree:
     return {"rnn": rnn, "start": start}
 
 
-def _velo(a: _Arrays) -> Tree:
+def _velo(a: Theta) -> Tree:
     h0, c0 = _lstm_start(a)
     h = len(h0)
     control_w, control_b = _linear(a, "rnn_params/rnn_to_controls", h, None)
@@ -138,20 +138,20 @@ def _velo(a: _Arrays) -> Tree:
     return {"rnn": rnn, "mlp": {"w0": torch.cat(groups, 1), "b0": b0, **rest}}
 
 
-def _adam(a: _Arrays) -> Tree:
+def _adam(a: Theta) -> Tree:
     lr, eps = a.take("log_lr"), a.take("log_epsilon")
     return {"lr": lr, "betas": (a.take("one_minus_beta1"), a.take("one_minus_beta2")), "eps": eps}
 
 
-def _sgdm(a: _Arrays) -> Tree:
+def _sgdm(a: Theta) -> Tree:
     return {"lr": a.take("log_lr"), "momentum": a.take("one_minus_momentum")}
 
 
-def _sgd(a: _Arrays) -> Tree:
+def _sgd(a: Theta) -> Tree:
     return {"lr": a.take("log_lr")}
 
 
-_CONVERTERS: dict[str, Callable[[_Arrays], Tree]] = {
+_CONVERTERS: dict[str, Callable[[Theta], Tree]] = {
     "mlp": _mlp,
     "adafactor_mlp": _adafactor_mlp,
     "rnn_mlp": _rnn_mlp,
@@ -176,13 +176,13 @@ _ALIASES = {
 # -- parts of rules ----------------------------------------------------------------------------
 
 
-def _linear(a: _Arrays, name: str, inputs: int, outputs: int | None) -> tuple[Tensor, Tensor]:
+def _linear(a: Theta, name: str, inputs: int, outputs: int | None) -> tuple[Tensor, Tensor]:
     """Matrix ``(in, out)`` and bias ``(out)`` of one layer."""
     w = a.take(f"{name}/w", inputs, outputs)
     return w, a.take(f"{name}/b", w.shape[1])
 
 
-def _lstm_start(a: _Arrays) -> tuple[Tensor, Tensor]:
+def _lstm_start(a: Theta) -> tuple[Tensor, Tensor]:
     """The LSTM's first ``h`` and ``c``, ``(H)``: kept as a pair, as named fields, or flat."""
     h = a.take("lstm_init_h", 1, None, also=("lstm_init_state/hidden", "lstm_init_state/0"))
     width = h.shape[1]
@@ -191,7 +191,7 @@ def _lstm_start(a: _Arrays) -> tuple[Tensor, Tensor]:
 
 
 def _layers(
-    a: _Arrays,
+    a: Theta,
     pattern: str,
     inputs: int,
     outputs: int,
@@ -209,9 +209,13 @@ def _layers(
         first: number of the first layer.
     """
     forms = [pattern, *([other] if other else [])]
-    form = next((f for f in forms if a.holds(f.format(first, "w"))), pattern)
+
+    def is_layer(form: str, i: int) -> bool:
+        return a.holds(form.format(i, "w")) or a.holds(form.format(i, "b"))
+
+    form = next((f for f in forms if is_layer(f, first)), pattern)
     last = first
-    while a.holds(form.format(last + 1, "w")) or a.holds(form.format(last + 1, "b")):
+    while is_layer(form, last + 1):
         last += 1
     found = {}
     for i in range(first, last + 1):
@@ -220,101 +224,3 @@ def _layers(
         found[f"w{i}"] = w
         found[f"b{i}"] = a.take(form.format(i, "b"), *banks, inputs)
     return found
-
-
-class _Arrays:
-    """The arrays of a theta by name, taken one by one, checked and copied in float32."""
-
-    def __init__(self, rule_name: str, theta: Any) -> None:
-        if not isinstance(theta, Mapping):
-            raise ValueError(
-                f"the theta of {rule_name} must be a dict of arrays, got a {type(theta).__name__}"
-            )
-        self.rule_name = rule_name
-        self.left: dict[str, tuple[str, Any]] = {}  # by plain name: the name as given, the array
-        self.names: list[str] = []
-        for name, x in _flat(theta, ""):
-            plain = "/".join(part for part in re.split(r"[/.]", name) if part not in ("", "~"))
-            if plain in self.left:
-                raise ValueError(
-                    f"the theta of {rule_name} holds {self.left[plain][0]} and {name}, which are "
-                    "one array by two names: give one of them"
-                )
-            self.left[plain] = name, x
-            self.names.append(name)
-
-    def holds(self, name: str) -> bool:
-        return name in self.left
-
-    def take(
-        self,
-        name: str,
-        *shape: int | None,
-        also: tuple[str, ...] = (),
-        optional: bool = False,
-    ) -> Any:
-        """The array of that name.
-
-        Args:
-            shape: what it must be; None for an axis that may have any length but 0.
-            also: other names under which it may be found.
-            optional: give None when there is none.
-        """
-        found = next((k for k in (name, *also) if k in self.left), None)
-        if found is None:
-            if optional:
-                return None
-            raise ValueError(
-                f"the array {name} of {self.rule_name} is missing: there are "
-                f"{', '.join(self.names) or 'none'}"
-            )
-        given, value = self.left.pop(found)
-        x = _tensor(value)
-        if x is None:
-            raise ValueError(
-                f"{given} of {self.rule_name} is no array of real numbers, but a "
-                f"{type(value).__name__}"
-            )
-        fits = x.ndim == len(shape) and all(
-            n == want if want is not None else n > 0 for n, want in zip(x.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            wanted += "," if len(shape) == 1 else ""
-            raise ValueError(
-                f"the array {given} of {self.rule_name} has shape {tuple(x.shape)}, expected "
-                f"({wanted})"
-            )
-        return x
-
-    def check_all_taken(self) -> None:
-        """Raises a ValueError that names an array which the rule does not have."""
-        for name, _ in self.left.values():
-            others = ", ".join(n for n in self.names if n != name) or "none"
-            raise ValueError(
-                f"the array {name} is none of {self.rule_name}: remove it, or give the rule whose "
-                f"array it is (the others are {others})"
-            )
-
-
-def _flat(tree: Any, prefix: str) -> list[tuple[str, Any]]:
-    """Arrays of nested dicts, tuples and NamedTuples, with ``/`` between the levels."""
-    if isinstance(tree, Mapping):
-        items = [(str(k), x) for k, x in tree.items()]
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        items = list(zip(tree._fields, tree, strict=True))
-    elif isinstance(tree, tuple):
-        items = [(str(i), x) for i, x in enumerate(tree)]
-    else:
-        return [(prefix, tree)]
-    return [pair for k, x in items for pair in _flat(x, f"{prefix}/{k}" if prefix else k)]
-
-
-def _tensor(value: Any) -> Tensor | None:
-    """A copy in float32, or None for what is no array of real numbers."""
-    if isinstance(value, Tensor):
-        return None if value.is_complex() else value.detach().to(torch.float32, copy=True)
-    array = numpy.asarray(value)
-    if array.dtype.kind not in "fiu" and "float" not in array.dtype.name:  # bfloat16 is kind "V"
-        return None
-    return torch.from_numpy(numpy.array(array, dtype=numpy.float32))
