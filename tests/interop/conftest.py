@@ -1,4 +1,4 @@
-"""Two processes that are joined by gloo run `parallel.py`, once for all tests."""
+"""Processes joined by gloo run `parallel.py`: two once for all tests, four for a slow one."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ import faulthandler, importlib.util, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-file, folder, rank, size, seconds = sys.argv[1:]
+file, name, folder, rank, size, seconds = sys.argv[1:]
 faulthandler.dump_traceback_later(float(seconds))  # says where a process waits for another
 folder = Path(folder)
 spec = importlib.util.spec_from_file_location("parallel", file)
@@ -26,7 +26,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 store = dist.FileStore(str(folder / "store"), int(size))
 dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size))
-result = module.everything(folder)
+result = getattr(module, name)(folder)
 torch.save(result, folder / f"result-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -59,7 +59,7 @@ def folder(parallel, tmp_path_factory):
     else:
         try:
             parallel.one_process(folder)
-            run(folder, 2)
+            run("everything", folder, 2)
         finally:
             (folder / "ended").touch()
     return folder
@@ -68,18 +68,28 @@ def folder(parallel, tmp_path_factory):
 @pytest.fixture(scope="session")
 def found(folder):
     """What `parallel.everything` gave on each of the two processes."""
-    results = [folder / f"result-{rank}.pt" for rank in range(2)]
-    if not all(file.exists() for file in results):
+    return results(folder, 2)
+
+
+@pytest.fixture
+def on_four(tmp_path):
+    """``name -> results`` of that function of `parallel.py` on four processes."""
+    return lambda name: (run(name, tmp_path, 4), results(tmp_path, 4))[1]
+
+
+def results(folder, size):
+    files = [folder / f"result-{rank}.pt" for rank in range(size)]
+    if not all(file.exists() for file in files):
         logs = [f"{log.name}:\n{log.read_text()[-4000:]}" for log in sorted(folder.glob("log-*"))]
-        pytest.fail("two processes did not end well\n" + "\n".join(logs))
-    return [torch.load(file, weights_only=True) for file in results]
+        pytest.fail("some process did not end well\n" + "\n".join(logs))
+    return [torch.load(file, weights_only=True) for file in files]
 
 
-def run(folder, size):
+def run(name, folder, size):
     """Starts the processes and ends them all: after a failure of one, or when time is up."""
     started = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(PARALLEL), str(folder)]
+    command = [sys.executable, "-c", CHILD, str(PARALLEL), name, str(folder)]
     try:
         for rank in range(size):
             with (folder / f"log-{rank}").open("w") as log:

@@ -20,6 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import fmeta
 from fmeta.torch_optim import LearnedOptimizer, _sharded
@@ -45,12 +50,12 @@ SHARDED = [rule for rule in RULES if rule != "sgd"]
 class Block(nn.Module):
     """A transformer block whose axes (7, 4, 1) do not divide evenly among processes."""
 
-    def __init__(self):
+    def __init__(self, inner):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.up = nn.Linear(WIDTH, 7)
-        self.down = nn.Linear(7, WIDTH)
+        self.up = nn.Linear(WIDTH, inner)
+        self.down = nn.Linear(inner, WIDTH)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
@@ -59,17 +64,17 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, inner):
         super().__init__()
-        self.block = Block()
+        self.block = Block(inner)
         self.head = nn.Linear(WIDTH, 1)  # one row: the second process gets none of it
 
     def forward(self, x):
         return 2 * self.head(self.block(x))  # FSDP2 warns of outputs that are views
 
 
-def net():
-    model = Net().double()
+def net(inner=7):
+    model = Net(inner).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -88,12 +93,14 @@ def optimizer(params, rule):
     return LearnedOptimizer(params, RULES[rule](), lr=0.5, num_steps=num_steps)
 
 
-def train(model, opt, first=0, last=STEPS, before_step=None):
+def train(model, opt, first=0, last=STEPS, before_step=None, part=None):
     """Steps ``first`` to ``last``, each rank on its own part of the batch.
 
     ``before_step(model, t, loss)`` runs between gradient and step, and gives arguments for it.
     """
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if part is None:
+        part = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = part
     for t, (x, y) in list(enumerate(batches()))[first:last]:
         x, y = (z.chunk(size)[rank] for z in (x, y))
         opt.zero_grad()
@@ -128,6 +135,24 @@ def everything(folder):
         "fsdp": {rule: fsdp_of(rule, folder) for rule in SHARDED},
         "variants": {name: variant(name, shard) for name in VARIANTS},
     }
+
+
+def meshes(folder):
+    """By rule, on four processes: weights with replicas of shards, and with tensor parallelism."""
+    found = {"replicas": {}, "tensor parallel": {}}
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for rule in RULES:
+        model = shard(net(), mesh=replicas)
+        train(model, optimizer(model.parameters(), rule))
+        found["replicas"][rule] = weights(model)
+        model = net(inner=8)
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model.block, both["tensor"], plan)
+        model = shard(model, mesh=both["data"])
+        train(model, optimizer(model.parameters(), rule), part=(dist.get_rank() // 2, 2))
+        found["tensor parallel"][rule] = weights(model)
+    return found
 
 
 def ddp_of(rule):
@@ -247,23 +272,37 @@ def few_at_once(model):
     return grouped(model)
 
 
-VARIANTS = {f.__name__: f for f in (by_loss, clip_by_torch, broken, grouped, few_at_once)}
+def partly_sharded(model):
+    """As `grouped`, with a last layer that every process has as a whole."""
+    opt, _ = grouped(model)
+
+    def before_step(model, t, loss):
+        for p in model.head.parameters():
+            if dist.is_initialized():  # this is DDP's part
+                p.grad = mean(p.grad)
+
+    return opt, before_step
 
 
-def variant(name, shard=lambda model: model):
+VARIANTS = {
+    f.__name__: f for f in (by_loss, clip_by_torch, broken, grouped, few_at_once, partly_sharded)
+}
+
+
+def variant(name, shard=lambda model, whole: model):
     """Weights after a training of that kind."""
     before = _sharded._AT_ONCE
-    model = shard(net())
+    model = shard(net(), name != "partly_sharded")
     opt, before_step = VARIANTS[name](model)
     train(model, opt, before_step=before_step)
     _sharded._AT_ONCE = before
     return {"weights": weights(model), "skipped": int(opt.skipped_steps)}
 
 
-def shard(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def shard(model, whole=True, mesh=None):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
     fully_shard(model.block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh) if whole else model
 
 
 def sharded(x):

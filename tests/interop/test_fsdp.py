@@ -12,8 +12,8 @@ RULES = ["adam", "normalized_mlp", "basis_mlp", "lstm", "muon", "clipped"]
 WAYS = ["straight", "from one process", "from one file"]
 
 
-def alone(parallel, rule):
-    model = parallel.net()
+def alone(parallel, rule, **shape):
+    model = parallel.net(**shape)
     parallel.train(model, parallel.optimizer(model.parameters(), rule))
     return parallel.weights(model)
 
@@ -58,7 +58,9 @@ def test_one_process_goes_on_where_two_stopped(rule, parallel, found, folder):
         assert_close(parallel.weights(model), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["by_loss", "clip_by_torch", "broken", "grouped", "few_at_once"])
+@pytest.mark.parametrize(
+    "name", ["by_loss", "clip_by_torch", "broken", "grouped", "few_at_once", "partly_sharded"]
+)
 def test_what_a_loop_does_with_a_sharded_model(name, parallel, found):
     """Losses of parts, clipping by torch, a gradient that is infinite, groups, pieces of a step."""
     want = parallel.variant(name)
@@ -66,3 +68,14 @@ def test_what_a_loop_does_with_a_sharded_model(name, parallel, found):
     for result in found:
         assert result["variants"][name]["skipped"] == want["skipped"]
         assert_close(result["variants"][name]["weights"], want["weights"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_meshes_of_two_axes(parallel, on_four):
+    """Shards that are replicated, and shards of a model that is tensor parallel."""
+    for result in on_four("meshes"):
+        for rule in parallel.RULES:
+            want = alone(parallel, rule)
+            assert_close(result["replicas"][rule], want, rtol=1e-10, atol=1e-10)
+            want = alone(parallel, rule, inner=8)
+            assert_close(result["tensor parallel"][rule], want, rtol=1e-10, atol=1e-10)

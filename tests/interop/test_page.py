@@ -1,4 +1,4 @@
-"""The blocks of the how-to page that need other libraries: fenced as ``py``, run here by section."""
+"""The how-to page's blocks that need other libraries: fenced as ``py``, run here by section."""
 
 import re
 import subprocess
