@@ -6,11 +6,14 @@ import difflib
 from collections.abc import Callable
 
 from fmeta.optimizer import Optimizer
+from fmeta.optimizers._adafactor_mlp import adafactor_mlp
 from fmeta.optimizers._adam import adam, adamw
 from fmeta.optimizers._basis_mlp import basis_mlp
 from fmeta.optimizers._hebbian_mlp import hebbian_mlp
 from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lstm import lstm
+from fmeta.optimizers._meta_curvature import meta_curvature
+from fmeta.optimizers._mlp import mlp
 from fmeta.optimizers._muon import muon
 from fmeta.optimizers._nn_adam import nn_adam
 from fmeta.optimizers._normalized_mlp import normalized_mlp
@@ -21,6 +24,7 @@ from fmeta.optimizers._velo import velo
 
 __all__ = [
     "BUILDERS",
+    "adafactor_mlp",
     "adam",
     "adamw",
     "basis_mlp",
@@ -28,6 +32,7 @@ __all__ = [
     "hebbian_mlp",
     "linear",
     "lstm",
+    "meta_curvature",
     "muon",
     "nn_adam",
     "normalized_mlp",
@@ -38,8 +43,8 @@ __all__ = [
     "velo",
 ]
 
-# Every builder by its name. All but `per_parameter_sgd` (which takes the parameter tree first) can
-# be called without arguments.
+# Every builder by its name. All can be called without arguments, but for `per_parameter_sgd` and
+# `meta_curvature`, which take the parameter tree first.
 BUILDERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f
     for f in (
@@ -49,8 +54,11 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
         adamw,
         muon,
         per_parameter_sgd,
+        meta_curvature,
         linear,
         lstm,
+        mlp,
+        adafactor_mlp,
         normalized_mlp,
         basis_mlp,
         velo,

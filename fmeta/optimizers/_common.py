@@ -18,6 +18,7 @@ __all__ = [
     "count",
     "ema",
     "nothing_to_learn",
+    "one_minus",
     "safe_sqrt",
 ]
 
@@ -30,6 +31,11 @@ def count(param: Tensor) -> Tensor:
 def ema(average: Tensor, value: Tensor, beta: Any, out: Tensor | None = None) -> Tensor:
     """``beta * average + (1 - beta) * value``, in one operation."""
     return torch.lerp(average, value, 1 - beta, out=out)
+
+
+def one_minus(decay: float) -> float:
+    """``1 - decay`` as float32 has it, 1.7e-4 off at 0.9999: what references were trained with."""
+    return float(1 - torch.tensor(decay, dtype=torch.float32))
 
 
 def bias_corrections(betas: tuple[Any, Any], steps: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -259,24 +259,16 @@ def _tiled(
     state = {k: layout.into(x) for k, x in h.items() if k not in lacking}
     state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
     means = (layout.into_without(means[0], d0), layout.into_without(means[1], d1))
-    numbers = [
+    lr, weight_decay = (
         layout.into(x) if isinstance(x, Tensor) and x.ndim else x for x in (lr, weight_decay)
-    ]
-    delta, new = tiled_delta(
-        th,
-        layout.into(p),
-        layout.into(g),
-        state,
-        Axes(
-            tuple(layout.order.index(i) for i in axes.matrix),
-            (layout.order.index(d1), layout.order.index(d0)),
-        ),
-        means,
-        size,
-        *numbers,
-        None if post is None else lambda x: layout.into(post(layout.back(x))),
-        own,
     )
+    inside = Axes(
+        tuple(layout.order.index(i) for i in axes.matrix),
+        (layout.order.index(d1), layout.order.index(d0)),
+    )
+    within = None if post is None else lambda x: layout.into(post(layout.back(x)))
+    p, g = layout.into(p), layout.into(g)
+    delta, new = tiled_delta(th, p, g, state, inside, means, size, lr, weight_decay, within, own)
     found = {k: layout.back(x) for k, x in new.items() if k not in lacking}
     found |= {k: layout.back_without(new[k], axis) for k, axis in lacking.items()}
     return layout.back(delta), found
