@@ -11,7 +11,7 @@ from fmeta.random import fold_in
 from fmeta.testing import gradients, shapes
 from fmeta.torch_optim import LearnedOptimizer
 
-OF_A_TREE = {"per_parameter_sgd"}
+OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 KNOWN = {"loss", "num_steps"}
 RULES = {
     **{n: b() for n, b in optimizers.BUILDERS.items() if n not in OF_A_TREE and b().needs <= KNOWN},
