@@ -639,6 +639,7 @@ HYPERS = {
     "adam": ("lr", "eps", "eps_root"),
     "adamw": ("lr", "eps", "weight_decay"),
     "per_parameter_sgd": ("lr",),
+    "meta_curvature": ("lr",),
     "linear": ("lr",),
     "normalized_mlp": ("lr", "weight_decay", "vector_lr_mult"),
     "lstm": ("output_scale", "preprocess_factor"),
@@ -647,7 +648,7 @@ HYPERS = {
 
 
 def build(name, **arguments):
-    likes = (PARAMS,) if name == "per_parameter_sgd" else ()
+    likes = (PARAMS,) if name in ("per_parameter_sgd", "meta_curvature") else ()
     return optimizers.BUILDERS[name](*likes, **arguments)
 
 

@@ -648,9 +648,10 @@ def of_features(module):
 
 
 FROM_PARAMS = {"a": torch.ones(2), "b": torch.ones(3, 2)}
+OF_A_TREE = (optimizers.per_parameter_sgd, optimizers.meta_curvature)
 KEEPERS = {
     **{
-        name: (lambda b=builder: b(FROM_PARAMS) if b is optimizers.per_parameter_sgd else b())
+        name: (lambda b=builder: b(FROM_PARAMS) if b in OF_A_TREE else b())
         for name, builder in optimizers.BUILDERS.items()
     },
     "learned adam": lambda: fmeta.learn(optimizers.adam, {"lr": "linear", "betas": "linear"}),

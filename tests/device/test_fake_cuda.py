@@ -16,7 +16,7 @@ from fmeta import functionalize, learn, optimizers, trees
 from fmeta.optimizers import adam, sgd
 from fmeta.testing import activations_beside, built_in_trees
 
-OF_A_TREE = {"per_parameter_sgd"}
+OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 
 
 def warm_up(t, num_steps):
@@ -30,6 +30,7 @@ def by_rank(path, tensor):
 RULES = {
     **{name: builder for name, builder in optimizers.BUILDERS.items() if name not in OF_A_TREE},
     "per_parameter_sgd": lambda: optimizers.per_parameter_sgd(built_in_trees()["nested"]),
+    "meta_curvature": lambda: optimizers.meta_curvature(built_in_trees()["nested"]),
     "momentum": lambda: sgd(momentum=0.9, nesterov=True),
     "rmsprop, centered": lambda: optimizers.rmsprop(momentum=0.5, centered=True),
     "learned adam": lambda: learn(adam, {"lr": "log", "betas": "log1m"}),

@@ -9,7 +9,7 @@ from fmeta import functionalize, learn, optimizers, trees, unroll
 from fmeta.testing import activations_beside, built_in_trees, runs_on_meta
 
 STEPS = 5
-OF_A_TREE = {"per_parameter_sgd"}
+OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 RULES = {
     **{name: builder for name, builder in optimizers.BUILDERS.items() if name not in OF_A_TREE},
     "learned adam": lambda: learn(optimizers.adam, {"lr": "log", "betas": "log1m"}),
