@@ -102,7 +102,7 @@ def main() -> None:
         pretrained.save(args.weights, "hebbian_mlp", weights)
 
     rule = optimizers.hebbian_mlp()
-    rows, evaluations = [], {}
+    rows, values = [], {}
     tried = dict(list(TRIED_ON.items())[:1]) if args.quick else TRIED_ON
     for name, widths in tried.items():
         found = evaluate.run(
@@ -119,7 +119,10 @@ def main() -> None:
             tune_seeds=2,
             held_out_points=5,
         )
-        evaluations[name] = found.to_dict()
+        values[name] = {
+            other: {q: found.values(other, q).tolist() for q in ("accuracy", "held_out_loss")}
+            for other in found.outcomes
+        }
         for other, outcome in found.outcomes.items():
             accuracy = found.summary(other, "accuracy")
             row: dict[str, Any] = {
@@ -143,7 +146,7 @@ def main() -> None:
         args.json,
         {
             "rows": rows,
-            "evaluations": evaluations,
+            "values": values,
             "seconds": seconds,
             "seed": args.seed,
             "outer_steps": OUTER_STEPS,

@@ -1,6 +1,7 @@
 """The local rule: its formula by hand, symmetry over units, laws on a network, errors."""
 
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -288,6 +289,22 @@ def test_as_a_delta_rule_with_feedback_it_learns_digits():
     alone = accuracy(fmeta.masked(rule, lambda path, p: path in ("w1", "b1")))
     assert accuracy(rule) > 0.8
     assert accuracy(rule) > alone + 0.05  # hidden layers learn too
+
+
+def test_the_weights_of_the_benchmark_train_a_width_they_never_met():
+    path = Path(__file__).parents[2] / "benchmarks" / "activation_rule.safetensors"
+    rule, th = fmeta.pretrained.load(path)
+    family = digits((40,), batch_size=64)
+    task = sample_task(family, 80, 78)
+    batch = fmeta.tasks.sample_batches(family, {}, 1, 78, split="test")[0]
+    with torch.no_grad():
+        run = fmeta.unroll(
+            rule, loss_of_task(family), th, task.model_params, task.batches,
+            loss_args=(task.config,), extras=fmeta.tasks.extras_of_task(family, rule),
+        )  # fmt: skip
+    told = lambda p: float(family.metrics(family.data, {}, p, batch)["accuracy"])
+    assert told(task.model_params) < 0.3
+    assert told(run.params) > 0.85
 
 
 # --- errors --------------------------------------------------------------------------------------
