@@ -45,15 +45,17 @@ def nn_adam(
     decay_strength: float = 0.0,
     lstm_hidden_size: int = 32,
 ) -> Optimizer:
-    """Learned Adam: ``p -= lr (1 + eps) m / (eps + sqrt(v + 1e-10))``, lr and eps of each tensor.
+    """Adam whose four numbers a recurrent network moves, for each tensor by itself.
 
-    m and v are averages of the gradient (clamped to +-1000) and its square with the tensor's own
-    beta1 and beta2; they are not corrected for their start at zero. A recurrent network (an LSTM)
-    sees each tensor once a step: mean and variance of m, v, the parameters and the gradients, its
-    number of axes and its four numbers now. It moves them, from the next step on, in the
-    coordinates ``u = log(lr) / 10, log(1 - beta1) / 10, log(1 - beta2) / 10, log(eps) / 10``:
-    ``u += output_scale * out``, then ``u -= decay_strength * (u - start)``, kept within lr in
-    [1e-8, 1e3], 1 - beta in [e^-10, 1], eps in [1e-11, 1e4].
+    ``p -= lr (1 + eps) m / (eps + sqrt(v + 1e-10))``, where m and v are averages of the gradient
+    (clamped to +-1000) and its square with decays beta1 and beta2, not corrected for their start at
+    zero; lr, eps, beta1 and beta2 are the tensor's own.
+
+    A recurrent network (an LSTM) sees each tensor once a step: mean and variance of m, v, the
+    parameters and the gradients, its number of axes and its four numbers now. It moves them, from
+    the next step on, in the coordinates ``u = log(lr) / 10, log(1 - beta1) / 10, log(1 - beta2) /
+    10, log(eps) / 10``: ``u += output_scale * out``, then ``u -= decay_strength * (u - start)``,
+    kept within lr in [1e-8, 1e3], 1 - beta in [e^-10, 1], eps in [1e-11, 1e4].
 
     With a large eps the rule is gradient descent with momentum of rate lr; the factor 1 + eps makes
     that so without a large lr. Untrained the numbers stay at their start, which is learned too.
@@ -83,7 +85,7 @@ def nn_adam(
         {'w': tensor([0.9684, 0.9684])}
 
     Reference:
-        `NNAdam` of google/learned_optimization; Metz et al. 2009.11243 describe such rules.
+        `NNAdam` of google/learned_optimization; Adam: Kingma and Ba 1412.6980.
     """
     check_number("output_scale", output_scale)
     check_number("decay_strength", decay_strength)

@@ -37,12 +37,14 @@ def rnn_mlp(
     decays: Sequence[float] = (0.5, 0.9, 0.99, 0.999, 0.9999),
     chunk_size: int | None = None,
 ) -> Optimizer:
-    """Hierarchical: ``p -= step_multiplier d exp(magnitude_rate e)``, d and e of a shared network.
+    """A recurrent network for each tensor that tells a network for each coordinate how to step.
 
-    Two networks, at two levels. A recurrent one (an LSTM) sees each tensor once a step: sizes of
-    its parameters, gradients and moments, its shape, how the loss compares with its average, what
-    the other network said of it, and what the LSTM itself said, averaged over all tensors. It tells
-    the other one, a small ReLU network that sees each coordinate, what to do there.
+    ``p -= step_multiplier * d * exp(magnitude_rate * e)``, d and e from the second network.
+
+    The recurrent one (an LSTM) sees each tensor once a step: sizes of its parameters, gradients and
+    moments, its shape (the first four axes), how the loss compares with its average, what the other
+    network said of it, and what the LSTM itself said, averaged over all tensors. It tells the other
+    one, a small ReLU network that sees each coordinate, what to do there.
 
     The small network's features are the gradient g, the parameter p, ``log |p|``, momenta m and
     second moments v with each decay, ``m v^-1/2`` and ``v^-1/2``, each divided by its root mean
@@ -50,7 +52,7 @@ def rnn_mlp(
     the number of tensors, of the norm and of the size of the tensor, and what the LSTM tells.
 
     Gradients are first clipped, element by element, to ten times a running average of their root
-    mean square over all tensors. Nothing else knows the scale of the problem.
+    mean square over all tensors. Tensors without a gradient are not counted, and not seen.
 
     Of a validation loss (``extras={"is_valid": flag}`` with a true flag) the rule only remembers
     the average: the parameters stay, whatever the gradients; the LSTM compares it with the training
@@ -90,8 +92,7 @@ def rnn_mlp(
 
     Reference:
         Wichrowska et al. 1703.04813 (the hierarchy); Metz et al. 2009.11243, whose form this is;
-        `RNNMLPLOpt` of google/learned_optimization. It sees the first four axes of a shape; tensors
-        without a gradient are not counted.
+        `RNNMLPLOpt` of google/learned_optimization.
     """
     sizes = {
         "hidden_size": hidden_size,
