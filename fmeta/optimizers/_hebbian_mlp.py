@@ -55,10 +55,10 @@ def hebbian_mlp(lr: Any = 1.0) -> Optimizer:
     (a, d; of weights and biases), c, the memory of m, the decay of V. Gradients are not read, so
     none is computed (``reads_grads`` is False); a leaf whose gradient is None stays.
 
-    Units may be renumbered, and layers be of any width (above 1) and depth. A parameter in none of
-    the layers stays as it is. A layer that is told an error of its own does not hear the one above
-    it; without any error the rule is unsupervised. Untrained, the networks' postsynaptic factors
-    are zero, and weights do nothing but decay by 1e-4 a step.
+    Units may be renumbered, and layers be of any width and depth. A parameter in none of the layers
+    stays as it is. A layer that is told an error of its own does not hear the one above it; without
+    any error the rule is unsupervised. Untrained, the networks' postsynaptic factors are zero, and
+    weights do nothing but decay by 1e-4 a step.
 
     Args:
         lr: factor of all steps: a number or a scalar tensor.

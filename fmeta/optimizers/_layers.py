@@ -23,7 +23,7 @@ class Place(NamedTuple):
         leaf: its index in the parameter tree.
         inputs: (batch, units before it).
         shape: of the parameter.
-        before, after: letters of its axes on either side; axes of size one are on none.
+        before, after: letters of its axes on either side; a vector's axis of size one is on none.
     """
 
     leaf: int
@@ -115,6 +115,8 @@ def _layer(given: Any, index: Mapping[str, int], at: Leaves) -> Layer | None:
                 f"{tuple(z.shape)} (outputs), which do not make (batch, "
                 f"{', '.join(map(str, param.shape))}) together: see fmeta.functional.layer_activity"
             )
+        if param.ndim > 1:  # an axis of size one that no side shows: one unit before the weight
+            before = "".join(sorted({*before, *_NAMES[: param.ndim]} - set(after)))
         places.append(Place(index[path], flat(x), param.shape, before, after))
         outputs = flat(z) if outputs is None else outputs
         if error is None and "error" in activity:

@@ -175,6 +175,24 @@ def test_hidden_layers_hear_of_the_target_through_feedback_alone():
     assert (late[0]["w0"] - late[1]["w0"]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("sizes", [(4, 1, 3), (1, 5, 1), (1, 1, 1)], ids=str)
+def test_layers_of_one_unit(sizes):
+    first, hidden, last = sizes
+    p = {
+        "w0": draw(20, first, hidden), "b0": draw(21, hidden),
+        "w1": draw(22, hidden, last), "b1": draw(23, last),
+    }  # fmt: skip
+    x, target = draw(24, B, first), draw(25, B, last)
+    late = [
+        train(weights(), p, 3, lambda p, t=t: extras(p, x, t))[0] for t in (target, target.flip(0))
+    ]
+    for k in p:
+        assert (late[0][k] - late[1][k]).abs().max() > 1e-6, k
+    order = torch.tensor([*range(1, hidden), 0])
+    got = train(weights(), renumbered(p, order), 3, lambda p: extras(p, x, target))[0]
+    close(got, renumbered(late[0], order))
+
+
 def test_without_an_error_it_is_unsupervised():
     def unsupervised(p):
         found = extras(p)

@@ -88,6 +88,14 @@ def test_a_rule_written_for_flat_dicts_passes_and_is_told_what_was_left_out():
     assert "param_trees=fmeta.testing.built_in_trees()" in report.not_run["tree 'nested'"]
 
 
+def test_a_rule_that_reads_gradients_all_the_same_is_caught():
+    false = fmeta.optimizers.sgd(0.1)._replace(reads_grads=False)
+    with pytest.raises(AssertionError, match=r"law needs_enforced: .*though reads_grads=False"):
+        check_optimizer(false, laws=["needs_enforced"])
+    still = fmeta.optimizers.sgd(0.0)._replace(reads_grads=False)
+    assert check_optimizer(still, laws=["needs_enforced"]).held
+
+
 def test_missing_extras_are_asked_for():
     with pytest.raises(AssertionError, match=r"extras=\{'noise': ...\}.*parameter tree 'small'"):
         check_optimizer(RULE, laws=["needs_enforced"])
