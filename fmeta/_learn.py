@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from fmeta import trees
+from fmeta._leafwise import is_leafwise, leafwise
 from fmeta.optimizer import Hidden, Optimizer
 
 __all__ = ["TRANSFORMS", "learn"]
@@ -126,6 +127,9 @@ def learn(
         opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
     ) -> tuple[Tree, Hidden]:
         return natural(opt_params, model_params).update({}, model_params, grads, hidden, **extra)
+
+    if is_leafwise(base):
+        leafwise(update)
 
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
         return natural(opt_params, model_params).eval_params({}, model_params, hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fmeta import trees
+from fmeta._leafwise import is_leafwise, leafwise
 from fmeta._leaves import per_leaf
 from fmeta._numbers import check_numbers
 from fmeta.optimizer import Optimizer, check_num_steps, check_optimizer_type
@@ -41,6 +42,9 @@ def with_weight_decay(optimizer: Optimizer, rate: Any) -> Optimizer:
                 for d, p, r in zip(changes, flat, rates, strict=True)
             ],
         ), hidden
+
+    if is_leafwise(optimizer):
+        leafwise(update)
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Tree:
         check_num_steps(optimizer.needs, num_steps)

@@ -184,7 +184,8 @@ def update(
             trees.unflatten(spec, [full(g) if i in here else None for i, g in enumerate(slopes)]),
             Hidden(
                 trees.unflatten(
-                    spec, [trees.map(full, s) if i in here else s for i, s in enumerate(states)]
+                    spec,
+                    [trees.map(full if i in here else _stand_in, s) for i, s in enumerate(states)],
                 ),
                 shared,
             ),
@@ -218,10 +219,8 @@ def _runs(optimizer: Optimizer, flat: list[Any], active: Any) -> Iterator[list[i
 
 
 def _stand_in(param: Any) -> Any:
-    """A tensor of the parameter's shape without memory, for a leaf that is not looked at."""
-    if not is_dtensor(param):
-        return param
-    return param.to_local().new_zeros(()).expand(param.shape)
+    """A tensor of the same shape without memory, for a leaf whose update is not asked for."""
+    return local(param).new_zeros(()).expand(param.shape) if is_dtensor(param) else param
 
 
 def _shard(state: dict[str, Any], param: DTensor) -> dict[str, Any]:

@@ -284,19 +284,30 @@ def partly_sharded(model):
     return opt, before_step
 
 
+def averaged(model):
+    """With other parameters to evaluate with, few at a time."""
+    _sharded._AT_ONCE = 10
+    combinators, rule = fmeta.combinators, fmeta.optimizers.adam(lr=0.01)
+    rule = combinators.averaged(combinators.averaged(rule, 0.9), "uniform")
+    return LearnedOptimizer(model.parameters(), rule, lr=0.5), None
+
+
 VARIANTS = {
-    f.__name__: f for f in (by_loss, clip_by_torch, broken, grouped, few_at_once, partly_sharded)
+    f.__name__: f
+    for f in (by_loss, clip_by_torch, broken, grouped, few_at_once, partly_sharded, averaged)
 }
 
 
 def variant(name, shard=lambda model, whole: model):
-    """Weights after a training of that kind."""
+    """Weights after a training of that kind, for training and for evaluation."""
     before = _sharded._AT_ONCE
     model = shard(net(), name != "partly_sharded")
     opt, before_step = VARIANTS[name](model)
     train(model, opt, before_step=before_step)
     _sharded._AT_ONCE = before
-    return {"weights": weights(model), "skipped": int(opt.skipped_steps)}
+    with opt.eval_params():
+        shown = weights(model)
+    return {"weights": weights(model), "shown": shown, "skipped": int(opt.skipped_steps)}
 
 
 def shard(model, whole=True, mesh=None):

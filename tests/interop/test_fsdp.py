@@ -59,7 +59,8 @@ def test_one_process_goes_on_where_two_stopped(rule, parallel, found, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["by_loss", "clip_by_torch", "broken", "grouped", "few_at_once", "partly_sharded"]
+    "name",
+    ["by_loss", "clip_by_torch", "broken", "grouped", "few_at_once", "partly_sharded", "averaged"],
 )
 def test_what_a_loop_does_with_a_sharded_model(name, parallel, found):
     """Losses of parts, clipping by torch, a gradient that is infinite, groups, pieces of a step."""
@@ -67,7 +68,8 @@ def test_what_a_loop_does_with_a_sharded_model(name, parallel, found):
     assert want["skipped"] == (name == "broken")
     for result in found:
         assert result["variants"][name]["skipped"] == want["skipped"]
-        assert_close(result["variants"][name]["weights"], want["weights"], rtol=1e-10, atol=1e-10)
+        for what in ("weights", "shown"):
+            assert_close(result["variants"][name][what], want[what], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
