@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import fmeta
+import fmeta.torch_optim
 from fmeta import trees
 
 Shapes = list[tuple[int, ...]]
@@ -86,12 +87,10 @@ class Rule(NamedTuple):
 
 def learned(name: str, compile: bool = False, **arguments: Any) -> Callable[[list[Tensor]], Any]:
     def build(params: list[Tensor]) -> Any:
-        from fmeta.torch_optim import LearnedOptimizer
-
         more = {"compile": True} if compile else {}
         rule = getattr(fmeta.optimizers, name)(**arguments, **more)
         th = rule.init(torch.Generator().manual_seed(0))
-        return LearnedOptimizer(params, rule, th, lr=1e-3, num_steps=1000)
+        return fmeta.torch_optim.LearnedOptimizer(params, rule, th, lr=1e-3, num_steps=1000)
 
     return build
 
@@ -157,23 +156,32 @@ def warm_and_step(name: str, which: str, numel: float) -> tuple[Callable[[], Any
     """For `_timing.peak_memory`: two steps make state and code, then one is measured."""
     shapes = MODELS[which](numel)
     params = model(shapes)
-    optimizer = (RULES | COMPILED)[name].build(params)
+    step = stepper((RULES | COMPILED)[name].build(params))
 
     def warm_up() -> None:
         for _ in range(2):
-            optimizer.step()
+            step()
 
-    return warm_up, optimizer.step
+    return warm_up, step
+
+
+def stepper(optimizer: Any) -> Callable[[], Any]:
+    """A step; rules that read the loss are given one."""
+    if not isinstance(optimizer, fmeta.torch_optim.LearnedOptimizer):
+        return optimizer.step
+    loss = torch.tensor(1.0)
+    return lambda: optimizer.step(loss=loss)
 
 
 def hidden_bytes(optimizer: Any) -> int:
-    """Bytes of all state tensors, each counted once."""
-    found = {}
-    for state in optimizer.state.values():
-        for x in trees.leaves(dict(state)):
-            if isinstance(x, Tensor):
-                found[x.untyped_storage().data_ptr()] = x.numel() * x.element_size()
-    return sum(found.values())
+    """Bytes of all state tensors, those that several parameters share counted once."""
+    tensors = [
+        x
+        for state in optimizer.state.values()
+        for x in trees.leaves(dict(state))
+        if isinstance(x, Tensor)
+    ]
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
 
 def machine(quick: bool) -> dict[str, float]:
@@ -227,7 +235,8 @@ def measure(
     # A few at a time: all of them with their states would not fit into memory.
     for names in _groups(rules, n):
         built = {name: rules[name].build(model(shapes)) for name in names}
-        took = _timing.median_times({k: o.step for k, o in built.items()}, repeats, warmup=2)
+        calls = {k: stepper(o) for k, o in built.items()}
+        took = _timing.median_times(calls, repeats, warmup=2)
         for name, seconds in took.items():
             hidden = hidden_bytes(built[name]) / n
             peak = _timing.peak_memory("optimizer_step", "warm_and_step", name, which, numel) / n
@@ -269,7 +278,8 @@ def many_small(repeats: int, names: list[str], quick: bool) -> list[dict[str, An
     rows = []
     for name in names:
         built = {k: RULES[name].build(model(s)) for k, s in shapes.items()}
-        took = _timing.median_times({k: o.step for k, o in built.items()}, repeats, warmup=2)
+        calls = {k: stepper(o) for k, o in built.items()}
+        took = _timing.median_times(calls, repeats, warmup=2)
         rows.append(
             {
                 "rule": name,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
+from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, fused
 from fmeta.optimizers._adafactor_mlp_net import (
     Decays,
     moment_names,
@@ -19,8 +20,9 @@ from fmeta.optimizers._adafactor_mlp_net import (
     width,
 )
 from fmeta.optimizers._common import check_number
-from fmeta.optimizers._coordinate_net import TILE, draw_layers
+from fmeta.optimizers._coordinate_net import TILE, count_layers, draw_layers
 from fmeta.optimizers._features import is_unobserved
+from fmeta.optimizers._fused import FUSED_NUMEL
 
 __all__ = ["adafactor_mlp", "check_sizes"]
 
@@ -37,6 +39,7 @@ def adafactor_mlp(
     initial_adafactor_decays: Sequence[float] = (0.9, 0.99, 0.999),
     *,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> Optimizer:
     """Small network of Adafactor's features: ``p -= step_mult d exp(exp_mult e)``.
 
@@ -59,6 +62,9 @@ def adafactor_mlp(
         initial_adafactor_decays: of the factored second moments; as many as momenta.
         chunk_size: coordinates a tile, where no derivative is recorded. Default: a size that suits
             the caches on a CPU, the whole tensor elsewhere.
+        compile: whether large tensors go through a few kernels made by `torch.compile` (C++ or
+            Triton), where no derivative is recorded and no layer has more than 8 units; takes about
+            a minute for each number of axes, once, and is kept on disk by torch.
 
     Returns:
         An `Optimizer` with ``opt_params``: weights ``w0: (39, 4)``, ``b0: (4)``, ``w1``, ... (as
@@ -101,12 +107,19 @@ def adafactor_mlp(
             return torch.zeros_like(p), {**h, "count": h["count"] + 1}
         size = chunk_size or (TILE if p.device.type == "cpu" else p.numel())
         planes = [h[name] for name in moment_names(initial)]
-        if (batch or p.numel() > size) and is_unobserved(p, g, *planes, *th.values()):
+        large = min(size, FUSED_NUMEL) if compile else size
+        if (batch or p.numel() > large) and is_unobserved(p, g, *planes, *th.values()):
+            if compile and not batch and p.ndim > 1 and _widest(th) <= MOST_UNITS:
+                return fused(th, p, g, h, initial, exp_mult, -step_mult)
             return tiled(th, p, g, h, initial, exp_mult, -step_mult, size, batch, own)
         step, h = steps(th, p, g, h, initial, exp_mult, batch)
         return -step_mult * step, h
 
     return lift(init, init_hidden, update, batched=True, owning=True)
+
+
+def _widest(th: Tree) -> int:
+    return max(th[f"b{i}"].numel() for i in range(count_layers(th)))
 
 
 def check_sizes(

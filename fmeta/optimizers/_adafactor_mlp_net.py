@@ -31,7 +31,18 @@ from fmeta.optimizers._features import (
 )
 from fmeta.optimizers._layout import Layout, small_matrices_first
 
-__all__ = ["Decays", "moment_names", "start", "steps", "tiled", "width"]
+__all__ = [
+    "Decays",
+    "first_columns",
+    "leaf_factors",
+    "learned_decays",
+    "moment_names",
+    "second_moments",
+    "start",
+    "steps",
+    "tiled",
+    "width",
+]
 
 Tree = Any
 
@@ -103,8 +114,8 @@ def steps(
         new[name] = ema(h[name], square if name.startswith("rms") else g, d)
     axes = _axes(p, batch)
     means = None if axes is None else (square.mean(axes[1]), square.mean(axes[0]))
-    second = _second_moments(h, square, means, decays)
-    small = _small(th, second, decays, axes, range(batch, p.ndim))
+    second = second_moments(h, square, means, decays)
+    small = leaf_factors(th, second, decays, axes, range(batch, p.ndim))
     x = _features(p, g, new, small, decays)
     after = tuple(i + 1 for i in range(batch, p.ndim))
     squares = sum_of_squares(x, after)
@@ -112,7 +123,7 @@ def steps(
     bias = time_bias(th, h["count"], p, batch)
     if small.row_bias is not None:
         bias = bias + small.row_bias + small.col_bias
-    columns = _columns(th, decays, axes)
+    columns = first_columns(th, decays, axes)
     step = run_layers(columns, bias, x, scale, layers_of(th, exp_mult), p)
     return step, {**new, **second, "count": h["count"] + 1}
 
@@ -142,7 +153,7 @@ def tiled(
         square = g * g
     else:
         means = tiled_means(lambda part, out: torch.mul(part, part, out=out), g, axes, size)
-    second = _second_moments(h, square, means, decays)
+    second = second_moments(h, square, means, decays)
     bias = time_bias(th, h["count"], p, batch)
     layout = small_matrices_first(tuple(p.shape), batch) if axes is not None else None
     planes = {name: h[name] for name in names}
@@ -157,8 +168,8 @@ def tiled(
         leaf_axes, axes_in = _moved(layout, leaf_axes), _moved(layout, axes)  # type: ignore[assignment]
         p, g, bias = layout.into(p), layout.into(g), _into_after_units(layout, bias)
     new = {name: x if own else p.new_empty(p.shape) for name, x in planes.items()}
-    small = _small(th, seen, decays, axes_in, leaf_axes)
-    columns = _columns(th, decays, axes)
+    small = leaf_factors(th, seen, decays, axes_in, leaf_axes)
+    columns = first_columns(th, decays, axes)
     every = [*decays.momentum, *decays.rms]
 
     def advance(tile: Tile, x: Tensor) -> None:
@@ -226,7 +237,7 @@ def _into_after_units(layout: Layout, x: Tensor) -> Tensor:
     return x.permute(0, *(i + 1 for i in layout.order))
 
 
-def _second_moments(
+def second_moments(
     h: Mapping[str, Tensor],
     square: Tensor | None,
     means: tuple[Tensor, Tensor] | None,
@@ -254,7 +265,7 @@ def _features(
     decays: Decays,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The features that differ from coordinate to coordinate, feature first; see `_columns`.
+    """The features that differ from coordinate to coordinate, feature first; see `first_columns`.
 
     Args:
         state: ``m0``, ..., ``rms0``, ... after this gradient.
@@ -296,11 +307,11 @@ def _features(
     return out
 
 
-def _columns(th: Tree, decays: Decays, axes: Any) -> Tensor:
+def first_columns(th: Tree, decays: Decays, axes: Any) -> Tensor:
     """The first layer's weights of `_features`, ``(units, features)``.
 
     The features of rows and columns are constant along an axis and go through the layer in
-    `_small`; for a tensor that is not factored both are its second moments.
+    `leaf_factors`; for a tensor that is not factored both are its second moments.
     """
     w0, a, at = th["w0"], len(decays.adafactor), decays.own
     rows = [w0.narrow(0, 0, at), w0.narrow(0, at + 4 * a, a)]
@@ -309,7 +320,7 @@ def _columns(th: Tree, decays: Decays, axes: Any) -> Tensor:
     return torch.cat(rows).mT
 
 
-def _small(
+def leaf_factors(
     th: Tree,
     second: Mapping[str, Tensor],
     decays: Decays,

@@ -12,6 +12,14 @@ SHAPES = [(200, 80), (40, 300), (64, 32, 3, 3), (16, 64, 3, 3), (128, 96, 1, 1),
 RULES = {
     "normalized_mlp": {"lr": 0.5, "weight_decay": 0.1},
     "normalized_mlp, orthogonalized": {"lr": 0.5, "orthogonalize": True},
+    "adafactor_mlp": {"exp_mult": 0.1, "step_mult": 0.1},
+    "adafactor_mlp, other sizes": {
+        "hidden_size": 8,
+        "hidden_layers": 1,
+        "initial_momentum_decays": (0.9, 0.95),
+        "initial_rms_decays": (0.9, 0.99),
+        "initial_adafactor_decays": (0.8, 0.99),
+    },
 }
 
 
@@ -44,9 +52,9 @@ def passes(monkeypatch):
 
 
 def _modules():
-    from fmeta.optimizers import _normalized_mlp_fused
+    from fmeta.optimizers import _adafactor_mlp_fused, _normalized_mlp_fused
 
-    return [_normalized_mlp_fused]
+    return [_adafactor_mlp_fused, _normalized_mlp_fused]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -80,11 +88,19 @@ def test_small_tensors_are_not_compiled(name, passes):
     assert not passes
 
 
+def test_wide_layers_are_not_written_out(passes):
+    rule = optimizers.adafactor_mlp(hidden_size=32, compile=True)
+    params = {"w": torch.ones(128, 128)}
+    rule.step(rule.init(), params, params, rule.init_hidden(rule.init(), params))
+    assert not passes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_compiled_passes_give_what_the_rule_gives(shape):
-    params, _ = trained("normalized_mlp", shape, torch.float32, compile=True)
-    want, _ = trained("normalized_mlp", shape, torch.float32)
+@pytest.mark.parametrize("name", ["normalized_mlp", "adafactor_mlp"])
+def test_compiled_passes_give_what_the_rule_gives(name, shape):
+    params, _ = trained(name, shape, torch.float32, compile=True)
+    want, _ = trained(name, shape, torch.float32)
     torch.testing.assert_close(params["w"], want["w"], rtol=2e-5, atol=2e-5)
 
 
