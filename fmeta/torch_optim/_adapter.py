@@ -151,6 +151,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._slots, self._shared_slots = slots_of(
             self._rule.optimizer, self._rule.opt_params, self._param_tree(), self._horizon()
         )
+        self._stateful = any(s.keys for s in (*self._slots, self._shared_slots))
 
     def _keys(self) -> Any:
         return range(len(self._slots)) if self._names is None else self._names
@@ -277,7 +278,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @kept_out
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim, but that later steps do not change what is in it."""
+        """As in torch.optim, but that later steps do not change what is in it.
+
+        Those of a compiled or ``capturable`` optimizer do, for they write into the same memory.
+        """
         self._fresh = False
         found = super().state_dict()
         state = {k: dict(x) if isinstance(x, dict) else x for k, x in found["state"].items()}

@@ -71,6 +71,7 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
     only_start = (
         not traced
         and device.type != "meta"
+        and opt._stateful
         and asks_for_state(opt.state, opt.param_groups, [grads[i] for i in active])
     )
     if not only_start:

@@ -54,13 +54,13 @@ def check_horizon(rule: Rule, num_steps: Any) -> None:
 def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
     """A parameter group, beside those before it."""
     names = group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
-    for key in ("lr", "weight_decay"):
+    for key, what in (("lr", "learning rate"), ("weight_decay", "weight_decay value")):
         x = group[key]
         if isinstance(x, Tensor):
             if x.numel() != 1:
-                raise ValueError(f"{key} must be a number or a tensor of 1 element")
+                raise ValueError(f"Tensor {key} must be 1-element, got shape {tuple(x.shape)}")
         elif isinstance(x, bool) or not isinstance(x, (int, float)) or not x >= 0:
-            raise ValueError(f"Invalid {key}: it must be a number from 0 on, got {x!r}")
+            raise ValueError(f"Invalid {what}: {x!r}; it must be a number from 0 on")
     for key in ("fused", "differentiable"):
         if group[key]:
             check_options("allow", *(group[k] for k in ("fused", "differentiable")))

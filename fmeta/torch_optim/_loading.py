@@ -103,6 +103,8 @@ def _placed(opt: Any, params: dict[Any, Tensor], state_dict: dict[str, Any]) -> 
 
 
 def _settled(x: Any, kind: Any, param: Tensor) -> Any:
+    if kind is not None and isinstance(x, (int, float)):
+        return torch.tensor(x, dtype=kind[1], device=param.device)
     if not isinstance(x, Tensor):
         return x
     dtype = kind[1] if kind is not None and x.is_floating_point() else x.dtype

@@ -95,7 +95,7 @@ def digest(tree: Tree) -> str:
             sha.update(f"{path}|{x!r};".encode())
             continue
         sha.update(f"{path}|{tuple(x.shape)}|{x.dtype}|".encode())
-        if x.device.type != "meta":
+        if x.device.type != "meta" and type(x) in (Tensor, torch.nn.Parameter):  # has values
             flat = x.detach().cpu().contiguous().reshape(-1)
             sha.update(flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -58,9 +58,21 @@ BARE = custom(lambda params: [{"m": 0 * p} for p in params])
         (lambda: LearnedOptimizer([param(2)], "adam", num_steps=0), ValueError, "positive integer"),
         (lambda: LearnedOptimizer([param(2)], "adam", num_steps=2.5), ValueError, "got 2.5"),
         (lambda: LearnedOptimizer([param(2)], BARE), TypeError, r"a list.*fmeta.optimizer.Hidden"),
-        (lambda: LearnedOptimizer([param(2)], "adam", lr=-1.0), ValueError, "lr.*from 0 on.*-1.0"),
-        (lambda: LearnedOptimizer([param(2)], "adam", lr=float("nan")), ValueError, "lr.*nan"),
-        (lambda: LearnedOptimizer([param(2)], "adam", lr=torch.ones(2)), ValueError, "1 element"),
+        (
+            lambda: LearnedOptimizer([param(2)], "adam", lr=-1.0),
+            ValueError,
+            "Invalid learning rate: -1.0.*from 0 on",
+        ),
+        (
+            lambda: LearnedOptimizer([param(2)], "adam", lr=float("nan")),
+            ValueError,
+            "Invalid learning rate: nan",
+        ),
+        (
+            lambda: LearnedOptimizer([param(2)], "adam", lr=torch.ones(2)),
+            ValueError,
+            "Tensor lr must be 1-element",
+        ),
         (
             lambda: LearnedOptimizer([param(2)], "adam", weight_decay=-0.1),
             ValueError,

@@ -1,6 +1,7 @@
 """State that is saved and loaded goes on as if nothing had happened, bit for bit."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -12,7 +13,11 @@ from fmeta import optimizers
 from fmeta.torch_optim import LearnedOptimizer
 
 KNOWN = {"loss", "num_steps"}
-OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
+OF_A_TREE = {  # builders that take the parameter tree first
+    n
+    for n, b in optimizers.BUILDERS.items()
+    if any(p.default is p.empty for p in inspect.signature(b).parameters.values())
+}
 RULES = {
     **{n: n for n, b in optimizers.BUILDERS.items() if n in OF_A_TREE or b().needs <= KNOWN},
     "combined": fmeta.chain(

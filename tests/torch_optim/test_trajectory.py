@@ -1,5 +1,7 @@
 """The adapter's trajectory is that of the functional form, bit for bit."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,11 @@ from fmeta.random import fold_in
 from fmeta.testing import gradients, shapes
 from fmeta.torch_optim import LearnedOptimizer
 
-OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
+OF_A_TREE = {  # builders that take the parameter tree first
+    n
+    for n, b in optimizers.BUILDERS.items()
+    if any(p.default is p.empty for p in inspect.signature(b).parameters.values())
+}
 KNOWN = {"loss", "num_steps"}
 RULES = {
     **{n: b() for n, b in optimizers.BUILDERS.items() if n not in OF_A_TREE and b().needs <= KNOWN},
