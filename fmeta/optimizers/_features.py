@@ -88,9 +88,11 @@ def sum_of_squares(x: Tensor, dims: tuple[int, ...], fused: bool = False) -> Ten
     Args:
         fused: without a temporary; has no second derivative at 0.
     """
+    if not dims:  # for torch these are all axes
+        return x.square()
     if fused:
         return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
-    return x.square().sum(dims, keepdim=True) if dims else x.square()
+    return x.square().sum(dims, keepdim=True)
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], eps: float = 1e-9) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from fmeta import optimizers, trees
 
-from .trajectory import errors, run, sub, tensors
+from .trajectory import copies, errors, first, run, sub, tensors
 
 DATA = np.load(Path(__file__).with_name("mlp_lopt.npz"))
 CASES = {"init": {}, "pert": {"exp_mult": 0.1, "step_mult": 0.1}}
@@ -31,6 +31,18 @@ def test_parameters_of_20_steps(case, more):
     wanted = tensors(sub(DATA, f"{case}/params/"))
     assert len(wanted) == 4
     for name, error in errors(start, wanted, path).items():
+        assert error < (1e-3 if case == "init" else 3e-5), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 7])
+def test_many_leaves_of_each_shape_go_as_one(case, chunk_size):
+    """The lift stacks them; all but the first of each shape are scaled."""
+    rule = optimizers.mlp(**CASES[case], chunk_size=chunk_size)
+    th, start, grads = (tensors(sub(DATA, k)) for k in (f"{case}/theta/", "p0/", "grad/"))
+    path, _ = run(rule, th, copies(start, 5), copies(grads, 5))
+    wanted = tensors(sub(DATA, f"{case}/params/"))
+    for name, error in errors(start, wanted, first(path)).items():
         assert error < (1e-3 if case == "init" else 3e-5), name
 
 

@@ -43,3 +43,13 @@ def run(rule, opt_params, start, grads, *, steps=20, num_steps=None, given=None)
         params, hidden = rule.step(opt_params, params, g, hidden, **more)
         path.append(params)
     return trees.map(lambda *xs: torch.stack(xs), *path), hidden
+
+
+def copies(named, count):
+    """Each tensor ``count`` times, the copies (but the first) scaled."""
+    return {f"{k}.{i}": x * (1 + i) for k, x in named.items() for i in range(count)}
+
+
+def first(named):
+    """What belongs to the tensors that were copied."""
+    return {k.removesuffix(".0"): x for k, x in named.items() if k.endswith(".0")}
