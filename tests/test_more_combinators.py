@@ -399,6 +399,24 @@ def test_the_decay_is_learned_by_the_loss_of_the_average():
     assert numeric.abs() > 1e-3
 
 
+def test_the_average_of_a_torch_optimizer_with_a_changing_rate():
+    model = torch.nn.Linear(3, 2)
+    opt = fmeta.torch_optim.LearnedOptimizer(
+        model.parameters(), fmeta.averaged(optimizers.adam(0.1), "uniform"), lr=0.5
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.3)
+    seen = []
+    for t in range(6):
+        opt.zero_grad()
+        (model(torch.full((4, 3), 1.0 + t)) - 1).square().mean().backward()
+        opt.step()
+        scheduler.step()
+        seen.append(model.weight.detach().clone())
+    with opt.eval_params():
+        shown = model.weight.detach().clone()
+    torch.testing.assert_close(shown, sum(seen) / len(seen), rtol=1e-5, atol=1e-6)
+
+
 # --- lookahead ------------------------------------------------------------------------------------
 
 

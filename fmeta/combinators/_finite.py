@@ -110,7 +110,7 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: Any = None) ->
         )
         delta = trees.map(lambda d: None if d is None else torch.where(taken, d, 0.0), delta)
         shared = {
-            "skipped": skipped + (~taken).to(skipped.dtype),
+            "skipped": torch.where(taken, skipped, skipped + 1),
             "consecutive": in_a_row,
             "inner": choose(taken, new.shared, old.shared),
         }

@@ -38,6 +38,16 @@ RULES = {
     "partition": lambda: fmeta.partition({"matrix": adam(), "vector": sgd()}, by_rank),
     "masked": lambda: fmeta.masked(adam(), lambda path, x: x.ndim > 1),
     "scheduled": lambda: fmeta.scheduled(fmeta.with_weight_decay(adam(), 0.01), warm_up),
+    "scheduled by fmeta.schedules": lambda: fmeta.scheduled(
+        adam(),
+        fmeta.schedules.product(
+            fmeta.schedules.warmup_cosine(3), fmeta.schedules.piecewise([2], [1.0, 0.5])
+        ),
+    ),
+    "wrappers": lambda: fmeta.averaged(
+        fmeta.lookahead(fmeta.apply_if_finite(fmeta.accumulate(adam(), 2), 3), 2)
+    ),
+    "transforms": lambda: fmeta.chain(fmeta.clip_by_value(0.5), fmeta.orthogonalize(), sgd()),
     "coordinatewise Linear": lambda: fmeta.coordinatewise(nn.Linear(2, 1)),
     "coordinatewise LSTMCell": lambda: fmeta.coordinatewise(nn.LSTMCell(2, 3)),
     "optimizer_from_step": lambda: fmeta.optimizer_from_step(
