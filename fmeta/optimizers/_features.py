@@ -90,9 +90,22 @@ def sum_of_squares(x: Tensor, dims: tuple[int, ...], fused: bool = False) -> Ten
     """
     if not dims:  # for torch these are all axes
         return x.square()
-    if fused:
+    if not fused:
+        return x.square().sum(dims, keepdim=True)
+    if x.ndim - 1 in dims:
         return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
-    return x.square().sum(dims, keepdim=True)
+
+    # A norm over outer axes is slow: its loops go along them.
+    def cut(at: Sequence[int]) -> Tensor:
+        place = dict(zip(dims, at, strict=True))
+        every = [slice(place[i], place[i] + 1) if i in place else slice(None) for i in axes]
+        return x[tuple(every)]
+
+    axes = range(x.ndim)
+    total = torch.zeros_like(cut([0] * len(dims)))
+    for at in itertools.product(*(range(x.shape[i]) for i in dims)):
+        total.addcmul_(cut(at), cut(at))
+    return total
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], eps: float = 1e-9) -> Tensor:

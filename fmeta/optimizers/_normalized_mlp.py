@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -157,10 +158,13 @@ def normalized_mlp(
             and (batch or p.numel() > large)
             and is_unobserved(p, g, *h.values(), *th.values(), *numbers)
         ):
-            if compile and not batch:
-                return fused_delta(th, p, g, h, lr, weight_decay, post)
-            more = (size_of(p), lr, weight_decay, post, own)
-            return _tiled(th, p, g, h, axes, *more, batch=batch)
+            passes = (
+                fused_delta
+                if compile and not batch
+                else functools.partial(tiled_delta, size=size_of(p), own=own)
+            )
+            means = squared_means(g, axes.factored, size_of(p))
+            return _in_layout(passes, th, p, g, h, axes, means, lr, weight_decay, post, batch)
         step, h = direction(th, p, g, h, axes)
         if post is not None and axes.factored is not None:
             step = post(step)
@@ -234,27 +238,25 @@ def _init(generator: torch.Generator | None = None) -> Tree:
     return th
 
 
-def _tiled(
+def _in_layout(
+    passes: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     th: Tree,
     p: Tensor,
     g: Tensor,
     h: dict[str, Tensor],
     axes: Axes,
-    size: int,
+    means: tuple[Tensor, Tensor],
     lr: Any,
     weight_decay: Any,
     post: Any,
-    own: bool,
-    *,
     batch: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`tiled_delta` in the order of axes that suits the tensor."""
+    """`tiled_delta` or `fused_delta` in the order of axes that suits the tensor."""
     assert axes.factored is not None
     d1, d0 = axes.factored
-    means = squared_means(g, (d1, d0), size)
     layout = small_matrices_first(tuple(p.shape), batch)
     if layout is None:
-        return tiled_delta(th, p, g, h, axes, means, size, lr, weight_decay, post, own)
+        return passes(th, p, g, h, axes, means, lr, weight_decay, post)
     lacking = {"row": d0, "col": d1}
     state = {k: layout.into(x) for k, x in h.items() if k not in lacking}
     state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
@@ -268,7 +270,7 @@ def _tiled(
     )
     within = None if post is None else lambda x: layout.into(post(layout.back(x)))
     p, g = layout.into(p), layout.into(g)
-    delta, new = tiled_delta(th, p, g, state, inside, means, size, lr, weight_decay, within, own)
+    delta, new = passes(th, p, g, state, inside, means, lr, weight_decay, within)
     found = {k: layout.back(x) for k, x in new.items() if k not in lacking}
     found |= {k: layout.back_without(new[k], axis) for k, axis in lacking.items()}
     return layout.back(delta), found

@@ -19,7 +19,7 @@ from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
     RMS_DECAY,
-    axes_of,
+    Axes,
     factored_features,
     main_columns,
     second_moments,
@@ -35,29 +35,29 @@ def fused_delta(
     p: Tensor,
     g: Tensor,
     h: dict[str, Tensor],
+    axes: Axes,
+    means: tuple[Tensor, Tensor],
     lr: Any,
     weight_decay: Any,
-    orthogonalized: Any = None,
+    post: Any = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Delta and new state of a tensor of at least two axes.
 
     Args:
-        orthogonalized: what is done to the direction before it is divided by its rms.
+        means: of the squared gradient, over rows and over columns.
+        post: what is done to the direction before it is divided by its rms.
     """
-    axes = axes_of(tuple(p.shape))
-    assert axes.factored is not None
-    d1, d0 = axes.factored
-    squares = compiled(_squared_means)(g, d0, d1)
-    new = second_moments(h, *squares)
+    p, g = (x.contiguous() for x in (p, g))  # loops of one kind, along memory
+    new = second_moments(h, *means)
     row_factor, col_factor, row_bias, col_bias = factored_features(th, new, axes)
     moments = compiled(_moments)(g, *(h[name] for name in MOMENTS))
     seen = (p, g, *moments, row_factor, col_factor)
-    scale = [_inverse_rms(s, p) for s in compiled(_feature_squares)(*seen)]
+    scale = [_inverse_rms(s, p, axes) for s in compiled(_feature_squares)(axes.matrix, *seen)]
     layers = (main_columns(th), th["w1"].mT, th["b1"], th["w2"].select(1, 0), th["b2"].select(0, 0))
     step = compiled(_direction)(layers, scale, row_bias, col_bias, *seen)
-    if orthogonalized is not None:
-        step = orthogonalized(step)
-    size = _inverse_rms(compiled(_square_sum)(step), p)
+    if post is not None:
+        step = post(step)
+    size = _inverse_rms(compiled(_square_sum)(step, axes.matrix), p, axes)
     if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
         delta = compiled(_delta)(step, size, p, lr, weight_decay)
     else:  # as tensors: other numbers need no other kernel
@@ -66,8 +66,8 @@ def fused_delta(
     return delta, {**new, **dict(zip(MOMENTS, moments, strict=True))}
 
 
-def _inverse_rms(squares: Tensor, p: Tensor) -> Tensor:
-    return torch.rsqrt(squares / math.prod(p.shape[-2:]) + 1e-9)
+def _inverse_rms(squares: Tensor, p: Tensor, axes: Axes) -> Tensor:
+    return torch.rsqrt(squares / math.prod(p.shape[i] for i in axes.matrix) + 1e-9)
 
 
 # -- passes ------------------------------------------------------------------------------------
@@ -75,11 +75,6 @@ def _inverse_rms(squares: Tensor, p: Tensor) -> Tensor:
 
 def _clamped(g: Tensor) -> Tensor:
     return torch.clamp(g, -1000.0, 1000.0)
-
-
-def _squared_means(g: Tensor, d0: int, d1: int) -> tuple[Tensor, Tensor]:
-    square = _clamped(g).square()
-    return square.mean(d0), square.mean(d1)
 
 
 def _moments(g: Tensor, *old: Tensor) -> list[Tensor]:
@@ -100,8 +95,8 @@ def _features(
     return [*own, *by_factor, *(x * f for x, f in zip(m, factor, strict=True))]
 
 
-def _feature_squares(*seen: Tensor) -> list[Tensor]:
-    return sums_of_squares(_features(*seen), (-2, -1))
+def _feature_squares(matrix: tuple[int, ...], *seen: Tensor) -> list[Tensor]:
+    return sums_of_squares(_features(*seen), matrix)
 
 
 def _direction(
@@ -118,8 +113,8 @@ def _direction(
     return layer([torch.relu(u) for u in x], w2.unsqueeze(0), [b2])[0]
 
 
-def _square_sum(step: Tensor) -> Tensor:
-    return sums_of_squares([step], (-2, -1))[0]
+def _square_sum(step: Tensor, matrix: tuple[int, ...]) -> Tensor:
+    return sums_of_squares([step], matrix)[0]
 
 
 def _delta(step: Tensor, size: Tensor, p: Tensor, lr: Any, weight_decay: Any) -> Tensor:

@@ -120,10 +120,11 @@ def tiled_delta(
     h: dict[str, Tensor],
     axes: Axes,
     means: tuple[Tensor, Tensor],
-    size: int,
     lr: Any,
     weight_decay: Any,
     post: Callable[[Tensor], Tensor] | None = None,
+    *,
+    size: int,
     own: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`direction` and `normalized_delta`, tile by tile in memory that is used again and again.
@@ -135,6 +136,7 @@ def tiled_delta(
     Args:
         means: of the squared gradient, by `squared_means`.
         post: what is done to the direction before it is normalised.
+        size: coordinates a tile.
         own: whether the state's memory may be used for the new one.
     """
     new = {name: h[name] if own else p.new_empty(p.shape) for name in MOMENTS}
@@ -159,10 +161,12 @@ def tiled_delta(
             sum_of_squares(features(tile, values, part, x), after, fused=True)
         )
 
-    scale, columns, layers = _scale(squares, p, axes), main_columns(th), _layers(th)
+    count = math.prod([p.shape[i] for i in axes.matrix])
+    scale = squares.div_(count).add_(1e-9).rsqrt_()
+    columns, layers = main_columns(th), _layers(th)
     # With whole matrices in every tile the direction's rms is known there.
     whole = post is None and all(tile.shape[i] == p.shape[i] for tile in tiles for i in axes.matrix)
-    step, squares = torch.empty_like(p), torch.zeros_like(squares[0])
+    step, squares = torch.empty_like(p), p.new_zeros(squares.shape[1:])
     for tile in tiles:
         x, (first, second) = memory.features(tile.shape), memory.layers(tile.shape)
         part = _clamped(tile.of(g), out=x.g)
@@ -174,7 +178,7 @@ def tiled_delta(
         if post is None:
             sums = sum_of_squares(out, axes.matrix, fused=True)
             if whole:
-                out.mul_(_scale(sums, p, axes))
+                out.mul_(sums.div_(count).add_(1e-9).rsqrt_())
             else:
                 tile.of_broadcast(squares.unsqueeze(0)).add_(sums.unsqueeze(0))
         tile.of(step).copy_(out)
