@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from fmeta.optimizer import Optimizer
 __all__ = ["OptimizersConfig", "run_optimizers"]
 
 _SIDE = 1024  # of the matrix whose hidden state is counted
+_SOURCE = 90  # characters of a source
 _WIDE = 110  # characters of a line that hold the summaries too
 
 
@@ -103,7 +105,7 @@ def _summary(builder: Callable[..., Optimizer]) -> str:
 def _source(builder: Callable[..., Optimizer]) -> str:
     """What the docstring gives as the reference."""
     found = re.search(r"^Reference:\n((?: +.*\n?)+)", inspect.getdoc(builder) or "", re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    return textwrap.shorten(found[1], _SOURCE, placeholder=" ...") if found else ""
 
 
 def _all_about(builder: Callable[..., Optimizer]) -> str:
