@@ -104,15 +104,18 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
         finite = all_finite([grads[k] for k in keys], read, x.params if x.sharded else ())
         leaves = {k: _where(finite, leaves[k], x.hidden.leaves[k]) for k in keys}
         shared = _where(finite, shared, x.hidden.shared)
-        skipped = skipped + (~finite).to(skipped.dtype)
+        skipped = skipped + torch.logical_not(finite).to(skipped.dtype)
     changes = {k: delta[k] for k in keys if delta[k] is not None}
     clean = False
     if x.in_place:
         # Before the parameters move, of which the new state may be a view.
-        changes = {k: write(x.hidden.leaves[k], leaves[k], d) for k, d in changes.items()}
-        write(x.hidden.shared, shared)
-        if skipped is not None:
-            skipped = x.skipped.copy_(skipped)  # type: ignore[union-attr]
+        found = write(
+            [*(x.hidden.leaves[k] for k in keys), x.hidden.shared, x.skipped],
+            [*(leaves[k] for k in keys), shared, skipped],
+            [*(delta[k] for k in keys), None, None],
+        )
+        changes = {k: d for k, d in zip(keys, found, strict=False) if d is not None}
+        skipped = x.skipped
         leaves, shared = {}, {}
     elif x.careful:
         inputs = [y for k in keys for y in (x.params[k], grads[k])]

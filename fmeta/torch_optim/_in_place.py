@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.torch_optim import _sharded
 
 __all__ = ["apart", "move", "write"]
 
@@ -63,26 +64,34 @@ def move(
         torch._foreach_copy_(own, wide)
 
 
-def write(old: Tree, new: Tree, delta: Tensor | None = None) -> Tensor | None:
-    """Copies a new state into the memory of the old one; returns ``delta``, apart from it.
+def write(
+    olds: Sequence[Tree], news: Sequence[Tree], deltas: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Copies new states into the memory of the old ones; returns the deltas, apart from it.
 
     An entry that takes the old value of another one is copied before that is overwritten.
+
+    Args:
+        olds, news: states, one for each parameter (or the whole model).
+        deltas: its update, or None.
     """
-    targets, found = trees.leaves(old), trees.leaves(new)
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    kept: list[Tensor | None] = []
+    for old, new, delta in zip(olds, news, deltas, strict=True):
+        own = trees.leaves(old)
+        for o, n in zip(own, trees.leaves(new), strict=True):
+            if isinstance(o, Tensor) and o is not n:
+                targets.append(_sharded.local(o))
+                values.append(_sharded.local(_apart_from(own, n)))
+        kept.append(None if delta is None else _apart_from(own, delta))
+    if targets:
+        torch._foreach_copy_(targets, values)
+    return kept
 
-    def safe(x: Tensor) -> Tensor:
-        return x.clone() if any(x is o for o in targets) else x
 
-    pairs = [
-        (o, safe(n))
-        for o, n in zip(targets, found, strict=True)
-        if isinstance(o, Tensor) and o is not n
-    ]
-    if delta is not None:
-        delta = safe(delta)
-    for o, n in pairs:
-        o.copy_(n)
-    return delta
+def _apart_from(tensors: Sequence[Any], x: Tensor) -> Tensor:
+    return x.clone() if any(x is o for o in tensors) else x
 
 
 def apart(

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmeta import optimizers
 from fmeta.torch_optim import LearnedOptimizer
@@ -55,6 +56,29 @@ def test_weights_follow_parameters_that_are_replaced_in_their_groups(kit):
     opt.param_groups[0]["params"] = list(shadow.parameters())
     step_on_meta(shadow, opt)
     assert {x.device.type for s in opt.state.values() for x in s.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("nonfinite", ["allow", "skip"])
+@pytest.mark.parametrize("rule", ["adam", "normalized_mlp", "basis_mlp", "lstm"])
+def test_no_value_is_looked_at_and_no_device_mixed_on_fake_cuda(rule, nonfinite, capturable):
+    optimizer = optimizers.get(rule)()
+    th = optimizer.init()
+    optimizer = optimizer._replace(init=lambda generator=None: th)  # not every init can be fake
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [
+            torch.nn.Parameter(torch.ones(4, 3, device="cuda")),
+            torch.nn.Parameter(torch.ones(3, device="cuda", dtype=torch.bfloat16)),
+        ]
+        opt = LearnedOptimizer(
+            params, optimizer, lr=0.5, weight_decay=0.1, num_steps=5, nonfinite=nonfinite,
+            capturable=capturable,
+        )  # fmt: skip
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.step(loss=torch.ones((), device="cuda"))
+        assert {x.device.type for s in opt.state.values() for x in s.values()} <= {"cuda"}
 
 
 @gpu
