@@ -43,7 +43,9 @@ def treewise(rule: Any) -> Optimizer:
               gradient, in the order of `fmeta.trees.flatten`;
             - ``update(opt_params, param, grad, hidden, control: (C,)) -> (delta, hidden)``, or
               ``step(...) -> (param, hidden)``;
-            - ``needs`` (optional): then ``mix`` gets ``loss=`` and ``extras=``.
+            - ``needs`` (optional): then ``mix`` gets ``loss=`` and ``extras=``;
+            - ``batched`` (optional): if true, ``update`` gets small leaves of one shape stacked,
+              ``update(..., batch=1)`` with a leading axis everywhere, instead of under `vmap`.
 
     Returns:
         An `Optimizer`; the hidden dict at a leaf is what ``init_hidden`` gives and, under
@@ -70,6 +72,7 @@ def treewise(rule: Any) -> Optimizer:
     """
     init, init_hidden = required(rule, "init"), required(rule, "init_hidden")
     observe, mix = _observing(rule), required(rule, "mix")
+    observes = hasattr(rule, "observe")
     change = delta_of(rule)
     init_tensor: Callable[..., Any] = getattr(rule, "init_tensor", lambda th, p: {})
     init_shared: Callable[..., Any] = getattr(rule, "init_shared", lambda th, ps, **extra: {})
@@ -80,15 +83,17 @@ def treewise(rule: Any) -> Optimizer:
 
     def observing(shared: dict[str, Any]) -> Callable[..., Any]:
         def observed(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
-            summary, new = observe(th, p, g, _own(h), shared)
-            return summary, {**check_state(new, "observe"), "tensor": h["tensor"]}
+            summary, new = observe(th, p, g, h, shared)
+            return summary, check_state(new, "observe")
 
         return observed
 
-    def update_leaf(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor) -> Any:
-        delta, new = change(th, p, g, _own(h), control)
+    def update_leaf(
+        th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor, **batch: int
+    ) -> Any:
+        delta, new = change(th, p, g, h, control, **batch)
         check_delta(delta, p)
-        return delta, {**new, "tensor": h["tensor"]}
+        return delta, new
 
     def start(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(needs, num_steps)
@@ -109,10 +114,14 @@ def treewise(rule: Any) -> Optimizer:
         at = Leaves(model_params, grads, hidden)
         if not at.active:
             return at.tree([None] * len(at.params)), hidden
+        if any("tensor" not in at.states[i] for i in at.active):
+            raise at.missing("tensor")
         # Both passes over the tensors reuse the grouping of `lift`; the first one's "delta" is the
         # summary, the second one's "hyper-parameter" the row of controls.
-        first = lift(init, init_leaf, observing(hidden.shared))
-        summaries, seen = first.update(opt_params, model_params, grads, hidden)
+        states, moved = list(at.states), [_own(state) for state in at.states]
+        first = lift(init, init_hidden, observing(hidden.shared))
+        given = Hidden(at.tree(moved), hidden.shared)
+        summaries, seen = first.update(opt_params, model_params, grads, given)
         found = trees.leaves(summaries)
         rows = [found[i] for i in at.active]
         dtype = rows[0].dtype
@@ -136,7 +145,8 @@ def treewise(rule: Any) -> Optimizer:
             raise better from error
         told = controls.unbind(0)  # fake CUDA tensors refuse an index
         control: list[Any] = [told[0]] * len(at.params)
-        states = trees.flatten_up_to(at.spec, seen.leaves, model_params, "the hidden state")
+        if observes:
+            moved = trees.flatten_up_to(at.spec, seen.leaves, model_params, "the hidden state")
         parts = [x.unbind(0) for x in trees.leaves(tensors)]
         new_spec = trees.flatten(tensors)[1]
         for j, i in enumerate(at.active):
@@ -145,19 +155,29 @@ def treewise(rule: Any) -> Optimizer:
             own = trees.unflatten(
                 new_spec, [x[j].to(c.dtype) for x, c in zip(parts, columns[j], strict=True)]
             )
-            states[i] = {**states[i], "tensor": own}
-        second = lift(init, init_leaf, update_leaf, hypers=lambda th: {"control": at.tree(control)})
-        return second.update(opt_params, model_params, grads, Hidden(at.tree(states), shared))
+            states[i] = {"tensor": own}
+        second = lift(
+            init,
+            init_hidden,
+            update_leaf,
+            hypers=lambda th: {"control": at.tree(control)},
+            batched=getattr(rule, "batched", False),
+        )
+        delta, new = second.update(opt_params, model_params, grads, Hidden(at.tree(moved), shared))
+        after = trees.flatten_up_to(at.spec, new.leaves, model_params, "the hidden state")
+        for i in at.active:
+            states[i] = {**after[i], **states[i]}
+        return delta, Hidden(at.tree(states), shared)
 
     return Optimizer(fresh(init), start, update, needs)
 
 
 def _observing(rule: Any) -> Callable[..., Any]:
-    """The rule's ``observe``, or its ``summary`` as one that changes no state."""
+    """The rule's ``observe``, or its ``summary`` as one that gives no state: it changes none."""
     if hasattr(rule, "observe"):
         return required(rule, "observe")
     summary = required(rule, "summary")
-    return lambda th, p, g, h, shared: (summary(th, p, g, h), h)
+    return lambda th, p, g, h, shared: (summary(th, p, g, h), {})
 
 
 def _own(h: dict[str, Any]) -> dict[str, Any]:

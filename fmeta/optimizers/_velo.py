@@ -128,6 +128,7 @@ def velo(
 
 class _Rule:
     needs = frozenset({"loss", "num_steps"})
+    batched = True  # `update` takes stacks of leaves
     sizes: tuple[int, int, int, int]
 
     def __init__(
@@ -213,21 +214,41 @@ class _Rule:
         return torch.cat([rate, weights], 1), tensors, shared
 
     def update(
-        self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], control: Tensor
+        self,
+        th: Tree,
+        p: Tensor,
+        g: Tensor,
+        h: dict[str, Tensor],
+        control: Tensor,
+        batch: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if p.numel() == 0:
             return torch.zeros_like(p), h
-        net = _net(th["mlp"], control.narrow(0, 1, control.shape[0] - 1))
+        if batch:
+            return self._update_stack(th, p, g, h, control)
+        one = {name: x.unsqueeze(0) for name, x in h.items()}
+        delta, new = self._update_stack(
+            th, p.unsqueeze(0), g.unsqueeze(0), one, control.unsqueeze(0)
+        )
+        return delta.squeeze(0), {name: x.squeeze(0) for name, x in new.items()}
+
+    def _update_stack(
+        self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], control: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rate, weights = control.split((1, control.shape[1] - 1), 1)
+        net, flat = _net(th["mlp"], weights), p.reshape(p.shape[0], -1)
         size = self.chunk_size or (TILE if p.device.type == "cpu" else p.numel())
-        observed = (p, g, control, *h.values(), self.lr, self.weight_decay)
-        tiled = p.numel() > size and is_unobserved(*[x for x in observed if isinstance(x, Tensor)])
+        seen = (p, g, control, *h.values(), self.lr, self.weight_decay)
+        many = p.numel() > size or (p.shape[0] > 1 and p.device.type == "cpu")
+        tiled = many and is_unobserved(*[x for x in seen if isinstance(x, Tensor)])
         if tiled:
             step, h = _velo_net.tiled_steps(net, p, g, h, self.decays, self.exp_mult, size)
-            mean = torch.linalg.vector_norm(p).square() / p.numel()
+            squares = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()
         else:
             step, h = _velo_net.steps(net, p, g, h, self.decays, self.exp_mult)
-            mean = p.square().mean()
-        factor = control.select(0, 0) * torch.sqrt(mean + 1e-9) * (-self.step_mult * self.lr)
+            squares = flat.square().sum(1, keepdim=True)
+        scale = torch.sqrt(squares / flat.shape[1] + 1e-9)
+        factor = (rate * scale * (-self.step_mult * self.lr)).reshape(-1, *(1,) * (p.ndim - 1))
         delta = step.mul_(factor) if tiled else step * factor
         if isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0:
             return delta, h
@@ -240,10 +261,10 @@ def _layers(mlp: Tree) -> list[Tensor]:
 
 
 def _net(mlp: Tree, flat: Tensor) -> Net:
-    """The network of one tensor, from the flat form that `_Rule.mix` gives."""
+    """The networks of a stack, from the flat form ``(B, *)`` that `_Rule.mix` gives."""
     banks = _layers(mlp)
-    parts = flat.split([x.shape[1:].numel() for x in banks])
-    found = [x.reshape(bank.shape[1:]) for x, bank in zip(parts, banks, strict=True)]
+    parts = flat.split([x.shape[1:].numel() for x in banks], 1)
+    found = [x.reshape(-1, *bank.shape[1:]) for x, bank in zip(parts, banks, strict=True)]
     return Net(tuple(found[::2]), tuple(found[1::2]))
 
 

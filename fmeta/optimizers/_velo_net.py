@@ -1,7 +1,8 @@
 """The network of `velo` that sees coordinates: its features, and the steps it makes of them.
 
-The formulas are written once; `steps` runs them on a whole tensor, `tiled_steps` tile by tile in
-memory that is used again, where no derivative is recorded.
+The formulas are written once, for a stack of leaves (one leaf is a stack of one): `steps` runs them
+on whole tensors, `tiled_steps` tile by tile in memory that is used again, where no derivative is
+recorded.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Decays(NamedTuple):
 
 
 class Net(NamedTuple):
-    """The weights for one tensor: of layer i ``(in, out)`` and ``(out,)``, 30 inputs, 3 outputs.
+    """A network for each of B leaves: of layer i ``(B, in, out)`` and ``(B, out)``.
 
-    The outputs are direction, magnitude and one that is not used.
+    There are 30 inputs; the outputs are direction, magnitude and one that is not used.
     """
 
     weights: tuple[Tensor, ...]
@@ -76,27 +77,36 @@ def factored_axes(shape: Sequence[int]) -> tuple[int, int]:
 def steps(
     net: Net, p: Tensor, g: Tensor, h: Mapping[str, Tensor], decays: Decays, exp_mult: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``direction * exp(exp_mult * magnitude)`` for a whole tensor, ``(*leaf)``, and its state."""
+    """``direction * exp(exp_mult * magnitude)`` of a stack of leaves, and the new state.
+
+    Args:
+        net: a network for each of the B leaves.
+        p, g: ``(B, *leaf)``.
+        h: the state, with the leading axis too.
+
+    Returns:
+        ``((B, *leaf), state)``.
+    """
     g = _clamped(g)
     square = g * g
     new = _moments(g, square, h, decays)
-    if p.ndim < 2:
+    axes, small = _axes(p), None
+    if axes is None:
         new["v"] = stacked_ema(h["v"], square + 1e-30, decays.adafactor)
-        small = None
     else:
-        axes = factored_axes(p.shape)
-        means = square.mean(axes[1]), square.mean(axes[0])
-        new |= _second_moments(h, *means, decays)
+        new |= _second_moments(h, square.mean(axes[1]), square.mean(axes[0]), decays)
         small = _factored(net, new, axes)
-    x = _features(p, g, new, small).reshape(-1, p.numel())
-    scale = torch.rsqrt(sum_of_squares(x, (1,)) / p.numel() + _EPS)
-    bias = net.biases[0].unsqueeze(1)
+    n = p.shape[1:].numel()
+    x = _features(p, g, new, small).reshape(-1, p.shape[0], n).transpose(0, 1)
+    scale = torch.rsqrt(sum_of_squares(x, (2,)) / n + _EPS)
+    bias = net.biases[0].unsqueeze(2)
     if small is not None:
-        bias = (small.row_bias + small.col_bias).expand(-1, *p.shape).reshape(-1, p.numel())
-    x = _columns(net, p) * scale.mT @ x + bias
+        bias = (small.row_bias + small.col_bias).expand(-1, *p.shape)
+        bias = bias.reshape(-1, p.shape[0], n).transpose(0, 1)
+    x = (_columns(net, p) * scale.mT) @ x + bias
     for w, b in zip(net.weights[1:], net.biases[1:], strict=True):
-        x = w.mT @ torch.relu(x) + b.unsqueeze(1)
-    direction, magnitude = x.narrow(0, 0, 2).unbind(0)
+        x = w.mT @ torch.relu(x) + b.unsqueeze(2)
+    direction, magnitude = x.narrow(1, 0, 2).unbind(1)
     return (direction * torch.exp(exp_mult * magnitude)).reshape(p.shape), new
 
 
@@ -115,46 +125,48 @@ def tiled_steps(
     store the features in between would cost more than to make them of six tensors again.
     """
     new = {name: torch.empty_like(p) for name in MOMENTS}
-    small = None
-    if p.ndim < 2:
+    axes, small = _axes(p), None
+    if axes is None:
         new["v"] = stacked_ema(h["v"], _clamped(g).square_().add_(1e-30), decays.adafactor)
     else:
-        axes = factored_axes(p.shape)
-        means = tiled_means(lambda part, out: _clamped(part, out).square_(), g, axes, size)
-        new |= _second_moments(h, *means, decays)
+        new |= _second_moments(h, *_squared_means(g, axes, size), decays)
         small = _factored(net, new, axes)
-    tiles = list(split(p.shape, size, alone=math.prod(p.shape) + 1))
+    tiles = list(split(p.shape, size, alone=p.numel() + 1))
     columns = _columns(net, p)
-    memory = _Memory(p, columns.shape[1], net, max(math.prod(tile.shape) for tile in tiles))
+    memory = _Memory(p, columns.shape[2], net, max(math.prod(tile.shape) for tile in tiles))
 
-    squares = p.new_zeros(columns.shape[1])
+    def features(tile: Tile, x: _Slots, values: Mapping[str, Tensor]) -> Tensor:
+        of = None if small is None else small.of(tile)
+        made = _features(tile.of(p), x.g, values, of, x)
+        return made.view(made.shape[0], tile.shape[0], -1).transpose(0, 1)
+
+    squares = p.new_zeros(p.shape[0], columns.shape[2], 1)
     for tile in tiles:
         x = memory.features(tile.shape)
         part = _clamped(tile.of(g), out=x.g)
         square = torch.mul(part, part, out=x.clipped)
         old = {name: tile.of(h[name]) for name in MOMENTS}
-        values = {name: tile.of(y) for name, y in new.items()} if small is None else {}
-        values |= _moments(part, square, old, decays, {n: tile.of(new[n]) for n in MOMENTS})
-        made = _features(tile.of(p), part, values, small and small.of(tile), x)
-        squares.add_(sum_of_squares(made.flatten(1), (1,), fused=True).squeeze(1))
+        values = {name: tile.of(y) for name, y in new.items() if small is None or name in MOMENTS}
+        _moments(part, square, old, decays, values)
+        squares[tile.slices[0]] += sum_of_squares(features(tile, x, values), (2,), fused=True)
 
-    columns = columns * torch.rsqrt(squares / p.numel() + _EPS)
+    columns = columns * torch.rsqrt(squares / p.shape[1:].numel() + _EPS).mT
     layers = _folded(net, exp_mult)
     step = torch.empty_like(p)
     for tile in tiles:
-        x = memory.features(tile.shape)
-        part = _clamped(tile.of(g), out=x.g)
-        values = {n: tile.of(y) for n, y in new.items() if small is None or n in MOMENTS}
-        made = _features(tile.of(p), part, values, small and small.of(tile), x).flatten(1)
-        bias = net.biases[0].unsqueeze(1)
-        buffers = memory.layers(tile.shape)
+        x, buffers, leaves = memory.features(tile.shape), memory.layers(tile), tile.slices[0]
+        _clamped(tile.of(g), out=x.g)
+        values = {name: tile.of(y) for name, y in new.items() if small is None or name in MOMENTS}
+        made = features(tile, x, values)
+        bias = net.biases[0][leaves].unsqueeze(2)
         if small is not None:
-            own, bias = small.of(tile), buffers[0]
-            torch.add(own.row_bias, own.col_bias, out=bias.view(-1, *tile.shape))
-        y = torch.addmm(bias, columns, made, out=buffers[0])
+            of, bias = small.of(tile), buffers[0]
+            parts = (y.transpose(0, 1) for y in (of.row_bias, of.col_bias))
+            torch.add(*parts, out=bias.view(tile.shape[0], -1, *tile.shape[1:]))
+        y = torch.baddbmm(bias, columns[leaves], made, out=buffers[0])
         for (w, b), out in zip(layers, buffers[1:], strict=True):
-            y = torch.addmm(b, w, y.relu_(), out=out)
-        direction, magnitude = (z.view(tile.shape) for z in y.unbind(0))
+            y = torch.baddbmm(b[leaves], w[leaves], y.relu_(), out=out)
+        direction, magnitude = (z.view(tile.shape) for z in y.unbind(1))
         torch.mul(direction, magnitude.exp_(), out=tile.of(step))
     return step, new
 
@@ -165,13 +177,21 @@ def tiled_steps(
 class _Small(NamedTuple):
     """What depends on the factored second moments alone, with size 1 on the axis it lacks."""
 
-    row_factor: Tensor  # (3, *)
+    row_factor: Tensor  # (3, B, *)
     col_factor: Tensor
-    row_bias: Tensor  # (units, *), parts of the first layer
+    row_bias: Tensor  # (units, B, *), parts of the first layer
     col_bias: Tensor
 
     def of(self, tile: Tile) -> _Small:
         return _Small(*(tile.of_broadcast(x) for x in self))
+
+
+def _axes(p: Tensor) -> tuple[int, int] | None:
+    """The factored axes of a stack of leaves, or None for vectors and scalars."""
+    if p.ndim < 3:
+        return None
+    d1, d0 = factored_axes(p.shape[1:])
+    return d1 + 1, d0 + 1
 
 
 def _clamped(g: Tensor, out: Tensor | None = None) -> Tensor:
@@ -193,6 +213,18 @@ def _moments(
     return new
 
 
+def _squared_means(g: Tensor, axes: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Means of the clamped gradient's square over d0 and over d1, in little memory."""
+
+    def square(part: Tensor, out: Tensor) -> Tensor:
+        return _clamped(part, out).square_()
+
+    if g.shape[0] > 1:
+        return tiled_means(square, g, axes, size)
+    row, col = tiled_means(square, g.squeeze(0), (axes[0] - 1, axes[1] - 1), size)
+    return row.unsqueeze(0), col.unsqueeze(0)
+
+
 def _second_moments(
     h: Mapping[str, Tensor], row: Tensor, col: Tensor, decays: Decays
 ) -> dict[str, Tensor]:
@@ -211,7 +243,7 @@ def _features(
     Args:
         p, g: ``(*shape)``, g clamped.
         state: ``m0``, ``m1``, ``m2``, ``rms`` after this gradient; ``v`` without ``small``.
-        small: the factors, to be broadcast over the shape; None for a tensor with one axis or none.
+        small: the factors, to be broadcast over the shape; None for vectors and scalars.
         out: memory, with ``g`` in its first row.
 
     Returns:
@@ -257,28 +289,30 @@ def _factored(net: Net, state: Mapping[str, Tensor], axes: tuple[int, int]) -> _
         factor.append(_packed(its_factor.movedim(-1, 0)).unsqueeze(axis + 1))
         x = second.movedim(-1, 0).unsqueeze(axis + 1)
         x = torch.cat([x, torch.rsqrt(x + 1e-8)])
-        x = normalize(x, tuple(range(1, x.ndim)), _EPS)
-        w = torch.cat([w0.narrow(0, i, 3), w0.narrow(0, i + 6, 3)])
-        bias.append((w.mT @ x.flatten(1)).reshape(-1, *x.shape[1:]))
-    b0 = net.biases[0].reshape(-1, *(1,) * (bias[0].ndim - 1))
+        x = normalize(x, tuple(range(2, x.ndim)), _EPS)
+        w = torch.cat([w0.narrow(1, i, 3), w0.narrow(1, i + 6, 3)], 1)
+        y = w.mT @ x.flatten(2).transpose(0, 1)
+        bias.append(y.transpose(0, 1).reshape(-1, *x.shape[1:]))
+    b0 = net.biases[0].mT.reshape(*bias[0].shape[:2], *(1,) * (bias[0].ndim - 2))
     return _Small(factor[0], factor[1], bias[0] + b0, bias[1])
 
 
 def _columns(net: Net, p: Tensor) -> Tensor:
-    """The first layer's weights of `_features`, ``(units, features)``."""
+    """The first layer's weights of `_features`, ``(B, units, features)``."""
     w0 = net.weights[0]
-    rows = [w0.narrow(0, s.start, s.stop - s.start) for s in _OWN]
-    if p.ndim < 2:  # rows and columns are one and the same
-        rows += [w0.narrow(0, i, 3) + w0.narrow(0, i + 3, 3) for i in (15, 21)]
-    return torch.cat(rows).mT
+    rows = [w0.narrow(1, s.start, s.stop - s.start) for s in _OWN]
+    if p.ndim < 3:  # rows and columns are one and the same
+        rows += [w0.narrow(1, i, 3) + w0.narrow(1, i + 3, 3) for i in (15, 21)]
+    return torch.cat(rows, 1).mT
 
 
 def _folded(net: Net, exp_mult: float) -> list[tuple[Tensor, Tensor]]:
-    """The layers after the first, feature first, the last with two outputs, one scaled."""
-    layers = [(w.mT, b.unsqueeze(1)) for w, b in zip(net.weights[1:], net.biases[1:], strict=True)]
-    w, b = (x.narrow(0, 0, 2) for x in layers[-1])
+    """The layers after the first, ``(B, out, in)``, the last with two outputs, one scaled."""
+    layers = zip(net.weights[1:], net.biases[1:], strict=True)
+    found = [(w.mT, b.unsqueeze(2)) for w, b in layers]
+    w, b = (x.narrow(1, 0, 2) for x in found[-1])
     factor = w.new_tensor([[1.0], [exp_mult]])
-    return [*layers[:-1], (w * factor, b * factor)]
+    return [*found[:-1], (w * factor, b * factor)]
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -326,7 +360,7 @@ class _Memory:
 
     def __init__(self, like: Tensor, rows: int, net: Net, size: int) -> None:
         self.rows = rows
-        self.units = [*(w.shape[1] for w in net.weights[:-1]), 2]
+        self.units = [*(w.shape[2] for w in net.weights[:-1]), 2]
         self.flat_features = like.new_empty(rows * size)
         self.flat_layers = [like.new_empty(units * size) for units in self.units]
         self.by_shape: dict[tuple[int, ...], _Slots] = {}
@@ -337,7 +371,8 @@ class _Memory:
             self.by_shape[shape] = _Slots.of(flat.view(self.rows, *shape))
         return self.by_shape[shape]
 
-    def layers(self, shape: tuple[int, ...]) -> list[Tensor]:
-        n = math.prod(shape)
+    def layers(self, tile: Tile) -> list[Tensor]:
+        """``(leaves, units, n)`` of each layer."""
+        count, n = tile.shape[0], math.prod(tile.shape[1:])
         pairs = zip(self.flat_layers, self.units, strict=True)
-        return [flat[: units * n].view(units, n) for flat, units in pairs]
+        return [flat[: count * units * n].view(count, units, n) for flat, units in pairs]
