@@ -177,7 +177,8 @@ class _Rule:
         state = {name: torch.zeros_like(p) for name in MOMENTS}
         if p.ndim < 2:
             return {**state, "v": p.new_zeros(*p.shape, 3)}
-        for name, axis in zip(("col", "row"), _velo_net.factored_axes(p.shape), strict=True):
+        d1, d0 = _velo_net.factored_axes(p.shape)
+        for name, axis in (("row", d0), ("col", d1)):  # in the order of later states: one graph
             state[name] = p.new_zeros(*[n for i, n in enumerate(p.shape) if i != axis], 3)
         return state
 

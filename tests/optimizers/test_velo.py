@@ -172,6 +172,17 @@ def test_stacked_leaves_equal_each_alone(monkeypatch):
     torch.testing.assert_close(step(), stacked)
 
 
+def test_the_state_keeps_its_order():
+    """`torch.compile` takes a dict of another order for another one, and compiles again."""
+    rule = velo(**SMALL)
+    th, params = rule.init(), {"w": torch.ones(2, 3), "b": torch.ones(3)}
+    hidden = rule.init_hidden(th, params, num_steps=3)
+    new = rule.step(th, params, params, hidden, loss=torch.tensor(1.0))[1]
+    for k in params:
+        assert list(new.leaves[k]) == list(hidden.leaves[k])
+    assert list(new.shared) == list(hidden.shared)
+
+
 # -- formulas ----------------------------------------------------------------------------------
 
 
