@@ -12,10 +12,11 @@ from torch import Tensor
 from fmeta import trees
 from fmeta._treewise import treewise
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers import _velo_net, _velo_tensor
+from fmeta.optimizers import _velo_features, _velo_net, _velo_tensor
 from fmeta.optimizers._common import check_number
 from fmeta.optimizers._features import is_unobserved
-from fmeta.optimizers._velo_net import MOMENTS, TILE, Decays, Net
+from fmeta.optimizers._velo_features import MOMENTS, Decays, Net
+from fmeta.optimizers._velo_net import TILE
 from fmeta.random import own
 
 __all__ = ["velo"]
@@ -166,7 +167,7 @@ class _Rule:
         for name, shape in shapes.items():
             rnn[f"{name}_w"], rnn[f"{name}_b"] = draw(*shape), torch.zeros(shape[1])
         rnn |= {"h0": torch.zeros(h), "c0": torch.zeros(h)}
-        mlp, widths = {}, [_velo_net.INPUTS, *[units] * layers, _OUTPUTS]
+        mlp, widths = {}, [_velo_features.INPUTS, *[units] * layers, _OUTPUTS]
         for i, (before, after) in enumerate(itertools.pairwise(widths)):
             mlp[f"w{i}"] = draw(banks, before, after)
             # Small, not zero: no coordinate starts exactly at the kink of a ReLU.
@@ -177,7 +178,7 @@ class _Rule:
         state = {name: torch.zeros_like(p) for name in MOMENTS}
         if p.ndim < 2:
             return {**state, "v": p.new_zeros(*p.shape, 3)}
-        d1, d0 = _velo_net.factored_axes(p.shape)
+        d1, d0 = _velo_features.factored_axes(p.shape)
         for name, axis in (("row", d0), ("col", d1)):  # in the order of later states: one graph
             state[name] = p.new_zeros(*[n for i, n in enumerate(p.shape) if i != axis], 3)
         return state

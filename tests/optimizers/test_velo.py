@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fmeta
 from fmeta import trees
 from fmeta.optimizers import velo
-from fmeta.optimizers._velo_net import factored_axes
+from fmeta.optimizers._velo_features import factored_axes
 from fmeta.optimizers._velo_tensor import inputs, start_losses, summary, training
 from fmeta.random import fold_in
 
