@@ -81,7 +81,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         num_steps: int | None = None,
         maximize: bool = False,
         nonfinite: str = "allow",
-        compile: bool | Mapping[str, Any] = False,
+        compile: bool | Mapping[str, Any] | None = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -93,7 +93,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._slots: list[Slots] = []
         self._shared_slots: Any = None
         self._nonfinite = nonfinite
-        self._compile = compile
+        self._compile = False if compile is None else compile
         self._compiled: Any = None
         self._owned = False  # whether no two tensors of the state share memory
         self._fresh = False  # whether nobody else was given the tensors of the state

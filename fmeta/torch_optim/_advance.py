@@ -122,13 +122,10 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
         leaves, shared, clean = apart(inputs, leaves, shared)
     for group in x.groups:
         own = [k for k in group.keys if k in changes]
-        move(
-            [_sharded.local(x.params[k]) for k in own],
-            [_sharded.local(changes[k]) for k in own],
-            group.lr,
-            group.weight_decay,
-            finite,
-        )
+        params, moves = [x.params[k] for k in own], [changes[k] for k in own]
+        if x.sharded:
+            params, moves = ([_sharded.local(y) for y in z] for z in (params, moves))
+        move(params, moves, group.lr, group.weight_decay, finite)
     return Outputs(leaves, shared, skipped, clean)
 
 

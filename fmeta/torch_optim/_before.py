@@ -90,6 +90,9 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
                 raise _checks.not_finite([(opt._label(i), grads[i]) for i in active], read)
             _states.spread(opt, {SKIPPED: _states.skipped_steps(opt) + 1})
             return None
+    if masked and not any(SKIPPED in state for state in states if state):
+        # A state that was saved without a count gets one.
+        _states.spread(opt, {SKIPPED: torch.zeros((), dtype=torch.int64, device=device)})
     in_place = traced or any(group["capturable"] for group in opt.param_groups)
     if in_place:
         _states.own_memory(opt)

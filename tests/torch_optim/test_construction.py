@@ -198,3 +198,28 @@ def test_integers_and_frozen_parameters_may_be_among_the_parameters():
     opt.step()
     assert codes not in opt.state
     assert w in opt.state
+
+
+def test_a_rule_that_looks_at_values_as_it_starts():
+    """The structure of its state cannot be found on the meta device."""
+
+    def start(th, params, *, num_steps=None):
+        return fmeta.Hidden([{"size": p.new_tensor(p.abs().max().item())} for p in params], {})
+
+    def update(th, params, grads, hidden, *, loss=None, extras=None):
+        return [-h["size"] * g for g, h in zip(grads, hidden.leaves, strict=True)], hidden
+
+    w = param(2)
+    opt = LearnedOptimizer([w], fmeta.Optimizer(lambda generator=None: {}, start, update))
+    w.grad = torch.ones(2)
+    opt.step()
+    assert w.tolist() == [0, 0]
+    assert opt.state[w]["size"].item() == 1
+
+
+def test_a_rule_that_learns_per_layer_by_its_name():
+    w = param(2, 2)
+    opt = LearnedOptimizer([("w", w)], "meta_curvature")
+    w.grad = torch.ones(2, 2)
+    opt.step()
+    assert (w != 1).all()

@@ -127,3 +127,20 @@ def test_large_but_finite_gradients_are_no_reason_to_skip(kit):
         opt.step()
         assert opt.skipped_steps.item() == 0, dtype
         assert (w != 0).all(), dtype
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_state_that_was_saved_without_a_count_gets_one(capturable, kit):
+    model = kit.net()
+    plain = LearnedOptimizer(model.parameters(), "basis_mlp", num_steps=9)
+    kit.train(model, plain, 0, 2)
+    opt = LearnedOptimizer(
+        model.parameters(), "basis_mlp", num_steps=9, nonfinite="skip", capturable=capturable
+    )
+    opt.load_state_dict(plain.state_dict())
+    for t in (2, 3):
+        spoiled_step(kit, model, opt, t, torch.nan)
+    assert opt.skipped_steps.item() == 2
+    assert opt.state_dict()["state"][3]["skipped_steps"].item() == 2
+    plain.load_state_dict(opt.state_dict())  # and back
+    kit.train(model, plain, 4, 5)
