@@ -25,10 +25,12 @@ Tree = Any
 
 # Measured on a CPU (adam, with and without a gradient): 2 stacked leaves cost what 2 single ones
 # do, 4 cost two thirds, 16 a third; above 2**13 elements the copies cost more than the calls saved.
-_MAX_STACKED_NUMEL = 2**13
-_MIN_STACK = 4
 # A stack stays in the cache from one operation to the next.
-_STACK_NUMEL = 2**16
+_STACKED = {"max_numel": 2**13, "min_size": 4, "total": 2**16}
+_ALONE = {"max_numel": -1, "min_size": 1, "total": 1}
+# A rule of many operations that takes stacks as they are (tile by tile) gains with any two leaves
+# whose operations are too short.
+_BATCHED = {"max_numel": 2**15, "min_size": 2, "total": 2**17}
 
 
 def lift(
@@ -37,6 +39,7 @@ def lift(
     update_leaf: Callable[..., tuple[Tensor, dict[str, Any]]],
     *,
     hypers: Callable[[Tree], Mapping[str, Any]] | None = None,
+    prepare: Callable[[Tree], Any] | None = None,
     elementwise: bool = False,
     batched: bool = False,
     owning: bool = False,
@@ -53,6 +56,8 @@ def lift(
             state)``. Under `vmap` over leaves, unless ``elementwise``.
         hypers: ``opt_params -> {name: value}``; a value is a number, a scalar tensor, or a tree
             shaped like the parameters, of which a rule gets its own leaf's.
+        prepare: makes of ``opt_params`` (in the compute dtype) what ``update_leaf`` gets in their
+            place: what is the same for all leaves is then computed once a step.
         elementwise: the rule works element by element and by broadcasting only, so a stack of
             leaves needs no vmap.
         batched: the rule takes a stack of leaves with ``batch=1``, the number of leading axes, and
@@ -71,6 +76,8 @@ def lift(
         return Hidden(
             start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params), {}
         )
+
+    limits = _BATCHED if batched else _STACKED if stacked else _ALONE
 
     def advance(
         opt_params: Tree,
@@ -98,18 +105,13 @@ def lift(
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         weights: dict[torch.dtype, Tree] = {}
+        prepared: dict[torch.dtype, Any] = {}
         members = set(at.active)
         candidates = [p if i in members else None for i, p in enumerate(at.params)]
-        for group in trees.shape_classes(
-            candidates,
-            max_numel=_MAX_STACKED_NUMEL if stacked else -1,
-            min_size=_MIN_STACK,
-            total=_STACK_NUMEL,
-        ):
+        for group in trees.shape_classes(candidates, **limits):
             dtype = trees.compute_dtype(at.params[group[0]])
             if dtype not in weights:
                 weights[dtype] = at.weights(opt_params, dtype)
-            theta = weights[dtype]
             rows = [
                 (
                     *at.pair(i),
@@ -119,6 +121,9 @@ def lift(
                 for i in group
             ]
             try:
+                if dtype not in prepared:
+                    prepared[dtype] = prepare(weights[dtype]) if prepare else weights[dtype]
+                theta = prepared[dtype]
                 if len(group) == 1:
                     p, g, s, h = rows[0]
                     results = [update_leaf(theta, p, g, s, **common, **h, **extra, **consumed)]
@@ -129,7 +134,8 @@ def lift(
                 else:
                     results = _vmap_group(update_leaf, theta, rows, {**common, **extra})
             except RULE_ERRORS as error:
-                started = functools.partial(_started, init_leaf, theta, at.pair(group[0])[0])
+                first = at.pair(group[0])[0]
+                started = functools.partial(_started, init_leaf, weights[dtype], first)
                 better = at.explained(error, init, opt_params, started)
                 if better is error:
                     raise

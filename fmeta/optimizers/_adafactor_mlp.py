@@ -11,16 +11,10 @@ from torch import Tensor
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, fused
-from fmeta.optimizers._adafactor_mlp_net import (
-    Decays,
-    moment_names,
-    start,
-    steps,
-    tiled,
-    width,
-)
+from fmeta.optimizers._adafactor_mlp_net import Decays, Net, net_of, planes, start, steps, width
+from fmeta.optimizers._adafactor_mlp_tiles import tiled
 from fmeta.optimizers._common import check_number
-from fmeta.optimizers._coordinate_net import TILE, count_layers, draw_layers
+from fmeta.optimizers._coordinate_net import draw_layers, tile_size
 from fmeta.optimizers._features import is_unobserved
 from fmeta.optimizers._fused import FUSED_NUMEL
 
@@ -100,26 +94,23 @@ def adafactor_mlp(
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:
         return start(p, initial)
 
+    def prepare(th: Tree) -> Net:
+        return net_of(th, initial, step_mult, exp_mult)
+
     def update(
-        th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0, own: bool = False
+        net: Net, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0, own: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if p.numel() == 0:
             return torch.zeros_like(p), {**h, "count": h["count"] + 1}
-        size = chunk_size or (TILE if p.device.type == "cpu" else p.numel())
-        planes = [h[name] for name in moment_names(initial)]
-        large = min(size, FUSED_NUMEL) if compile else size
-        if (batch or p.numel() > large) and is_unobserved(p, g, *planes, *th.values()):
-            if compile and not batch and p.ndim > 1 and _widest(th) <= MOST_UNITS:
-                return fused(th, p, g, h, initial, exp_mult, -step_mult)
-            return tiled(th, p, g, h, initial, exp_mult, -step_mult, size, batch, own)
-        step, h = steps(th, p, g, h, initial, exp_mult, batch)
-        return -step_mult * step, h
+        if not is_unobserved(p, g, *(h[name] for name in planes(net)), *net.tensors()):
+            return steps(net, p, g, h, batch)
+        large = compile and not batch and p.ndim > 1 and p.numel() > FUSED_NUMEL
+        if large and max(len(w) for w, _ in [(net.columns, None), *net.layers]) <= MOST_UNITS:
+            return fused(net, p, g, h)
+        size = chunk_size or tile_size(net.columns, net.layers, p)
+        return tiled(net, p, g, h, batch, size, own)
 
-    return lift(init, init_hidden, update, batched=True, owning=True)
-
-
-def _widest(th: Tree) -> int:
-    return max(th[f"b{i}"].numel() for i in range(count_layers(th)))
+    return lift(init, init_hidden, update, prepare=prepare, batched=True, owning=True)
 
 
 def check_sizes(

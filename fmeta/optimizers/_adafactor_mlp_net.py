@@ -1,4 +1,4 @@
-"""The features of `adafactor_mlp`, written once, for a whole tensor and for a tile of it."""
+"""The network of `adafactor_mlp`: what its weights mean, and its step of a whole tensor."""
 
 from __future__ import annotations
 
@@ -9,38 +9,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmeta.optimizers._common import count, ema, one_minus
+from fmeta.optimizers._common import count, one_minus
 from fmeta.optimizers._coordinate_net import (
     EPS,
     TIMES,
-    Features,
+    Layers,
+    Time,
     layers_of,
     run_layers,
-    tiled_steps,
     time_bias,
+    time_of,
 )
-from fmeta.optimizers._features import (
-    Tile,
-    clamped_rsqrt,
-    factored_axes,
-    factors,
-    normalize,
-    start_factored,
-    sum_of_squares,
-    tiled_means,
-)
-from fmeta.optimizers._layout import Layout, small_matrices_first
+from fmeta.optimizers._features import clamped_rsqrt, factored_axes, normalize
 
 __all__ = [
     "Decays",
-    "first_columns",
-    "leaf_factors",
-    "learned_decays",
-    "moment_names",
+    "Net",
+    "Sides",
+    "axes_of",
+    "net_of",
+    "of_sides",
+    "planes",
     "second_moments",
     "start",
     "steps",
-    "tiled",
     "width",
 ]
 
@@ -48,11 +40,11 @@ Tree = Any
 
 
 class Decays(NamedTuple):
-    """Of the momenta, the second moments and the factored second moments: numbers or tensors."""
+    """Of the momenta, the second moments and the factored second moments."""
 
-    momentum: tuple[Any, ...]
-    rms: tuple[Any, ...]
-    adafactor: tuple[Any, ...]
+    momentum: tuple[float, ...]
+    rms: tuple[float, ...]
+    adafactor: tuple[float, ...]
 
     @property
     def own(self) -> int:
@@ -60,289 +52,177 @@ class Decays(NamedTuple):
         return 2 + 2 * len(self.momentum) + 2 * len(self.rms) + len(self.adafactor)
 
 
+class Net(NamedTuple):
+    """What the weights mean, the same for all tensors.
+
+    The features of rows and columns are constant along an axis. They are not laid out for every
+    coordinate, but go through the first layer once for a row or column; for a tensor that is not
+    factored both are its second moments.
+
+    Attributes:
+        momentum, rms: ``1 - decay`` of each, scalars.
+        adafactor: the same in one tensor, ``(decays,)``.
+        columns: the first layer of the features that differ from coordinate to coordinate,
+            ``(units, features)``.
+        flat_columns: those of a tensor that is not factored.
+        sides: the first layer of rows and of columns, each ``(units, 2 * decays)``.
+        time: the first layer of time.
+        layers: those after the first, with the multipliers.
+    """
+
+    momentum: Sequence[Tensor]
+    rms: Sequence[Tensor]
+    adafactor: Tensor
+    columns: Tensor
+    flat_columns: Tensor
+    sides: tuple[Tensor, Tensor]
+    time: Time
+    layers: Layers
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        layers = [x for pair in self.layers for x in pair]
+        columns = [self.columns, self.flat_columns, *self.sides]
+        return [*self.momentum, *self.rms, self.adafactor, *columns, *self.time, *layers]
+
+
+class Sides(NamedTuple):
+    """What is known of rows and columns alone: size 1 on the axis it lacks.
+
+    Attributes:
+        row_factor, col_factor: ``(decays, *)``, whose product stands for ``1 / sqrt`` of the second
+            moment.
+        row_bias, col_bias: parts of the first layer, ``(units, *)``.
+    """
+
+    row_factor: Tensor
+    col_factor: Tensor
+    row_bias: Tensor
+    col_bias: Tensor
+
+
 def width(decays: Decays) -> int:
     """Number of features, those of time included."""
     return decays.own + 5 * len(decays.adafactor) + len(TIMES)
 
 
-def moment_names(decays: Decays) -> list[str]:
-    """Keys of the hidden state that have the leaf's shape."""
+def planes(decays: Any) -> list[str]:
+    """Keys of the hidden state that have the leaf's shape.
+
+    Args:
+        decays: `Decays` or a `Net`.
+    """
     momenta = [f"m{i}" for i in range(len(decays.momentum))]
     return momenta + [f"rms{i}" for i in range(len(decays.rms))]
 
 
 def start(p: Tensor, decays: Decays) -> dict[str, Tensor]:
-    """The first hidden state of a leaf, planes in the order of axes that is worked in."""
-    layout = small_matrices_first(tuple(p.shape)) if p.ndim > 1 else None
-    like = p.shape if layout is None else layout.into(p).shape
-    state = {name: p.new_zeros(like) for name in moment_names(decays)}
-    if layout is not None:
-        state = {name: layout.back(x) for name, x in state.items()}
-    n = len(decays.adafactor)
-    if p.ndim < 2:
-        return {**state, "v": p.new_zeros(*p.shape, n), "count": count(p)}
-    row, col = start_factored(p, n)
-    return {**state, "row": row, "col": col, "count": count(p)}
+    """The first hidden state of a leaf."""
+    state, n = {name: torch.zeros_like(p) for name in planes(decays)}, len(decays.adafactor)
+    lacks: dict[str, int | None] = {"v": None}
+    if p.ndim > 1:
+        d1, d0 = factored_axes(p.shape)
+        lacks = {"row": d0, "col": d1}
+    for name, axis in lacks.items():
+        # Decays first in memory, which is how they are worked with.
+        shape = [size for i, size in enumerate(p.shape) if i != axis]
+        state[name] = p.new_zeros(n, *shape).movedim(0, -1)
+    return {**state, "count": count(p)}
 
 
-def learned_decays(th: Tree, initial: Decays, dtype: torch.dtype) -> Decays:
-    """What the weights make of the decays: ``1 - exp(10 (log(1 - d) / 10 + theta))``, scalars."""
-    found = []
-    for name, start in zip(Decays._fields, initial, strict=True):
+def net_of(th: Tree, initial: Decays, step_mult: float, exp_mult: float) -> Net:
+    """The network that these weights make, with decays ``1 - exp(10 (log(1 - d) / 10 + theta))``.
+
+    The decays of squares are cut to [0, 1].
+    """
+    weights = []
+    for name, values in zip(Decays._fields, initial, strict=True):
         theta = th[f"{name}_decays"]
-        theta = theta.to(dtype)
         # Filled, not made of a list: a transform does not allow that on each device.
-        before = [theta.new_full((), math.log(one_minus(d)) / 10) for d in start]
+        before = [theta.new_full((), math.log(one_minus(d)) / 10) for d in values]
         d = 1 - torch.exp(10 * (torch.stack(before) + theta))
-        found.append((d if name == "momentum" else d.clamp(0, 1)).unbind(0))
-    return Decays(*found)
+        weights.append(1 - (d if name == "momentum" else d.clamp(0, 1)))
+    w0, a, at = th["w0"], len(initial.adafactor), initial.own
+    row, col, row_root, col_root = (w0.narrow(0, at + i * a, a) for i in range(4))
+    own = [w0.narrow(0, 0, at), w0.narrow(0, at + 4 * a, a)]
+    return Net(
+        weights[0].unbind(0),
+        weights[1].unbind(0),
+        weights[2],
+        torch.cat(own).mT,
+        torch.cat([*own, row + col, row_root + col_root]).mT,
+        (torch.cat([row, row_root]).mT, torch.cat([col, col_root]).mT),
+        time_of(th),
+        layers_of(th, step_mult, exp_mult),
+    )
 
 
 def steps(
-    th: Tree,
-    p: Tensor,
-    g: Tensor,
-    h: Mapping[str, Tensor],
-    initial: Decays,
-    exp_mult: Any,
-    batch: int,
+    net: Net, p: Tensor, g: Tensor, h: Mapping[str, Tensor], batch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``d exp(exp_mult e)`` for a whole tensor or a stack of them, and the new state."""
-    decays = learned_decays(th, initial, p.dtype)
+    """``-step_mult d exp(exp_mult e)`` for a whole tensor or a stack of them, and the new state."""
     square, new = g * g, {}
-    for name, d in zip(moment_names(decays), (*decays.momentum, *decays.rms), strict=True):
-        new[name] = ema(h[name], square if name.startswith("rms") else g, d)
-    axes = _axes(p, batch)
-    means = None if axes is None else (square.mean(axes[1]), square.mean(axes[0]))
-    second = second_moments(h, square, means, decays)
-    small = leaf_factors(th, second, decays, axes, range(batch, p.ndim))
-    x = _features(p, g, new, small, decays)
-    after = tuple(i + 1 for i in range(batch, p.ndim))
-    squares = sum_of_squares(x, after)
-    scale = torch.rsqrt(squares * (squares.numel() / x.numel()) + EPS)
-    bias = time_bias(th, h["count"], p, batch)
-    if small.row_bias is not None:
-        bias = bias + small.row_bias + small.col_bias
-    columns = first_columns(th, decays, axes)
-    step = run_layers(columns, bias, x, scale, layers_of(th, exp_mult), p)
-    return step, {**new, **second, "count": h["count"] + 1}
-
-
-def tiled(
-    th: Tree,
-    p: Tensor,
-    g: Tensor,
-    h: Mapping[str, Tensor],
-    initial: Decays,
-    exp_mult: Any,
-    factor: float,
-    size: int,
-    batch: int,
-    own: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``factor d exp(exp_mult e)``, tile by tile; only without derivatives.
-
-    Args:
-        own: whether the state's memory may be used for the new one.
-    """
-    decays = learned_decays(th, initial, p.dtype)
-    names = moment_names(decays)
-    axes = _axes(p, batch)
-    means, square = None, None
+    for name, weight in zip(planes(net), (*net.momentum, *net.rms), strict=True):
+        new[name] = torch.lerp(h[name], square if name.startswith("rms") else g, weight)
+    m = torch.stack([new[f"m{i}"] for i in range(len(net.momentum))])
+    v = torch.stack([new[f"rms{i}"] for i in range(len(net.rms))])
+    root = torch.rsqrt(v + 1e-6)
+    rows = [torch.stack([g, p]), m, v, m * root, root]
+    bias, axes = time_bias(net.time, h["count"], p, batch), axes_of(p, batch)
     if axes is None:
-        square = g * g
+        columns, second = net.flat_columns, second_moments(net, h, {"v": square})
+        w = second["v"].movedim(-1, 0)
+        rows += [clamped_rsqrt(w + 1e-9) * g, m * torch.rsqrt(w + 1e-6)]
+        rows += [w, torch.rsqrt(w + 1e-8)]
     else:
-        means = tiled_means(lambda part, out: torch.mul(part, part, out=out), g, axes, size)
-    second = second_moments(h, square, means, decays)
-    bias = time_bias(th, h["count"], p, batch)
-    layout = small_matrices_first(tuple(p.shape), batch) if axes is not None else None
-    planes = {name: h[name] for name in names}
-    seen, leaf_axes, axes_in = dict(second), tuple(range(batch, p.ndim)), axes
-    if layout is not None:
-        assert axes is not None
-        planes = {name: layout.into(x) for name, x in planes.items()}
-        seen = {
-            "row": layout.into_without(second["row"], axes[1]),
-            "col": layout.into_without(second["col"], axes[0]),
-        }
-        leaf_axes, axes_in = _moved(layout, leaf_axes), _moved(layout, axes)  # type: ignore[assignment]
-        p, g, bias = layout.into(p), layout.into(g), _into_after_units(layout, bias)
-    new = {name: x if own else p.new_empty(p.shape) for name, x in planes.items()}
-    small = leaf_factors(th, seen, decays, axes_in, leaf_axes)
-    columns = first_columns(th, decays, axes)
-    every = [*decays.momentum, *decays.rms]
-
-    def advance(tile: Tile, x: Tensor) -> None:
-        part, square = tile.of(g), x[0]
-        torch.mul(part, part, out=square)
-        for name, d in zip(names, every, strict=True):
-            value = square if name.startswith("rms") else part
-            ema(tile.of(planes[name]), value, d, tile.of(new[name]))
-
-    def make(tile: Tile, x: Tensor) -> Tensor:
-        values = {name: tile.of(y) for name, y in new.items()}
-        return _features(tile.of(p), tile.of(g), values, small.of(tile), decays, x)
-
-    time = bias
-
-    def bias_of(tile: Tile) -> tuple[Tensor, Tensor | None]:
-        if small.row_bias is None:
-            return tile.of_broadcast(time), None
-        of_row, of_col = tile.of_broadcast(small.row_bias), tile.of_broadcast(small.col_bias)
-        return of_row + tile.of_broadcast(time), of_col
-
-    features = Features(columns.shape[1], advance, make, bias_of)
-    delta = tiled_steps(features, columns, layers_of(th, exp_mult), p, leaf_axes, size, factor)
-    if layout is not None:
-        delta = layout.back(delta)
-        new = {name: layout.back(x) for name, x in new.items()}
+        means = {"row": square.mean(axes[1]), "col": square.mean(axes[0])}
+        columns, second = net.columns, second_moments(net, h, means)
+        sides = of_sides(net, second, axes, batch)
+        factor = sides.row_factor * sides.col_factor
+        rows += [factor * g, m * factor]
+        bias = bias + sides.row_bias + sides.col_bias
+    delta = run_layers(columns, bias, torch.cat(rows), net.layers, p, batch)
     return delta, {**new, **second, "count": h["count"] + 1}
 
 
-# -- formulas ----------------------------------------------------------------------------------
-
-
-class _Small(NamedTuple):
-    """What is known of rows and columns alone: size 1 on the axis it lacks.
-
-    Attributes:
-        row_factor, col_factor: ``(decays, *)``; for a tensor that is not factored the second
-            moments ``(decays, *leaf)`` and None.
-        row_bias, col_bias: parts of the first layer, ``(units, *)``, or None.
-    """
-
-    row_factor: Tensor
-    col_factor: Tensor | None
-    row_bias: Any
-    col_bias: Any
-
-    def of(self, tile: Tile) -> _Small:
-        parts: list[Any] = [None if x is None else tile.of_broadcast(x) for x in self]
-        return _Small(*parts)
-
-
-def _axes(p: Tensor, batch: int) -> tuple[int, int] | None:
+def axes_of(p: Tensor, batch: int) -> tuple[int, int] | None:
+    """``(d1, d0)``, the second largest axis of a leaf and the largest; None for fewer than two."""
     if p.ndim - batch < 2:
         return None
     d1, d0 = factored_axes(p.shape[batch:])
     return d1 + batch, d0 + batch
 
 
-def _moved(layout: Layout, axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(layout.order.index(i) for i in axes)
-
-
-def _into_after_units(layout: Layout, x: Tensor) -> Tensor:
-    """``(units, *)`` in the working order."""
-    return x.permute(0, *(i + 1 for i in layout.order))
-
-
 def second_moments(
-    h: Mapping[str, Tensor],
-    square: Tensor | None,
-    means: tuple[Tensor, Tensor] | None,
-    decays: Decays,
+    net: Net, h: Mapping[str, Tensor], squares: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Second moments, factored where there are ``means`` over d0 and d1."""
-    if means is None:
-        assert square is not None
-        return {"v": _stacked(h["v"], square + 1e-30, decays.adafactor)}
-    return {
-        name: _stacked(h[name], mean + 1e-30, decays.adafactor)
-        for name, mean in zip(("row", "col"), means, strict=True)
-    }
-
-
-def _stacked(old: Tensor, x: Tensor, decays: Sequence[Any]) -> Tensor:
-    return torch.stack([ema(o, x, d) for o, d in zip(old.unbind(-1), decays, strict=True)], -1)
-
-
-def _features(
-    p: Tensor,
-    g: Tensor,
-    state: Mapping[str, Tensor],
-    small: _Small,
-    decays: Decays,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The features that differ from coordinate to coordinate, feature first; see `first_columns`.
+    """Averages of squares with each decay, on a trailing axis.
 
     Args:
-        state: ``m0``, ..., ``rms0``, ... after this gradient.
-        out: memory for them.
+        squares: ``row``, ``col``: means of squared gradients; or ``v``: squared gradients.
     """
-    n, k, a = (len(d) for d in decays)
-    m = [state[f"m{i}"] for i in range(n)]
-    v = [state[f"rms{i}"] for i in range(k)]
-    if out is None:
-        momenta, seconds = torch.stack(m), torch.stack(v)
-        root = torch.rsqrt(seconds + 1e-6)
-        rows = [torch.stack([g, p]), momenta, seconds, momenta * root, root]
-        if small.col_factor is not None:
-            factor = small.row_factor * small.col_factor
-            return torch.cat([*rows, factor * g, momenta * factor])
-        w = small.row_factor
-        rows += [clamped_rsqrt(w + 1e-9) * g, momenta * torch.rsqrt(w + 1e-6)]
-        return torch.cat([*rows, w, torch.rsqrt(w + 1e-8)])
-    at = 2 + n + k
-    momenta, seconds = out[2 : 2 + n], out[2 + n : at]
-    m_root, root = out[at : at + n], out[at + n : at + n + k]
-    g_factor, m_factor = out[at + n + k : at + n + k + a], out[at + n + k + a : at + n + k + 2 * a]
-    out[0].copy_(g)
-    out[1].copy_(p)
-    for slot, x in zip(out[2:at].unbind(0), [*m, *v], strict=True):
-        slot.copy_(x)
-    torch.rsqrt(torch.add(seconds, 1e-6, out=root), out=root)
-    torch.mul(momenta, root, out=m_root)
-    if small.col_factor is not None:
-        torch.mul(small.row_factor, small.col_factor, out=m_factor)
-        torch.mul(m_factor, out[0], out=g_factor)
-        m_factor.mul_(momenta)
-        return out
-    w, w_root = out[-2 * a : -a], out[-a:]
-    w.copy_(small.row_factor)
-    torch.mul(clamped_rsqrt(torch.add(w, 1e-9, out=w_root)), out[0], out=g_factor)
-    torch.rsqrt(torch.add(w, 1e-6, out=m_factor), out=m_factor).mul_(momenta)
-    torch.rsqrt(torch.add(w, 1e-8, out=w_root), out=w_root)
-    return out
+    found = {}
+    for name, square in squares.items():
+        weight = net.adafactor.reshape(-1, *(1,) * square.ndim)
+        old = h[name].movedim(-1, 0)
+        found[name] = torch.lerp(old, square + 1e-30, weight).movedim(0, -1)
+    return found
 
 
-def first_columns(th: Tree, decays: Decays, axes: Any) -> Tensor:
-    """The first layer's weights of `_features`, ``(units, features)``.
+def of_sides(net: Net, second: Mapping[str, Tensor], axes: tuple[int, int], batch: int) -> Sides:
+    """Factors of rows and columns, and what their features give in the first layer.
 
-    The features of rows and columns are constant along an axis and go through the layer in
-    `leaf_factors`; for a tensor that is not factored both are its second moments.
+    Args:
+        second: ``row`` and ``col`` of `second_moments`.
+        axes: of `axes_of`.
     """
-    w0, a, at = th["w0"], len(decays.adafactor), decays.own
-    rows = [w0.narrow(0, 0, at), w0.narrow(0, at + 4 * a, a)]
-    if axes is None:
-        rows += [w0.narrow(0, at + i, a) + w0.narrow(0, at + i + a, a) for i in (0, 2 * a)]
-    return torch.cat(rows).mT
-
-
-def leaf_factors(
-    th: Tree,
-    second: Mapping[str, Tensor],
-    decays: Decays,
-    axes: tuple[int, int] | None,
-    leaf_axes: Sequence[int],
-) -> _Small:
-    if axes is None:
-        return _Small(second["v"].movedim(-1, 0), None, None, None)
-    w0, a, at = th["w0"], len(decays.adafactor), decays.own
-    factor, bias = [], []
-    both = second["row"], second["col"]
-    after = tuple(i + 1 for i in leaf_axes)
-    for x, its_factor, axis, i in zip(
-        both, factors(*both, axes), axes[::-1], (at, at + a), strict=True
-    ):
-        factor.append(
-            its_factor.movedim(-1, 0)
-            .clone(memory_format=torch.contiguous_format)
-            .unsqueeze(axis + 1)
-        )
-        y = x.movedim(-1, 0).unsqueeze(axis + 1)
-        y = normalize(torch.cat([y, torch.rsqrt(y + 1e-8)]), after, EPS)
-        w = torch.cat([w0.narrow(0, i, a), w0.narrow(0, i + 2 * a, a)])
-        bias.append((w.mT @ y.flatten(1)).reshape(-1, *y.shape[1:]))
-    return _Small(factor[0], factor[1], bias[0], bias[1])
+    d1, d0 = axes
+    row = second["row"].movedim(-1, 0).unsqueeze(d0 + 1)
+    col = second["col"].movedim(-1, 0).unsqueeze(d1 + 1)
+    share = row / (row.mean(d1 + 1, keepdim=True) + 1e-9)
+    biases = []
+    for x, columns in zip((row, col), net.sides, strict=True):
+        y = torch.cat([x, torch.rsqrt(x + 1e-8)])
+        y = normalize(y, tuple(range(1 + batch, y.ndim)), EPS)
+        biases.append((columns @ y.flatten(1)).reshape(-1, *y.shape[1:]))
+    return Sides(clamped_rsqrt(share), clamped_rsqrt(col), *biases)

@@ -15,59 +15,69 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmeta.optimizers._features import Tile, split, sum_of_squares
+from fmeta.optimizers._features import sum_of_squares
+from fmeta.optimizers._tiles import Cuts
 from fmeta.random import own
 
 __all__ = [
     "EPS",
-    "TILE",
     "TIMES",
+    "Features",
     "Layers",
+    "Time",
     "count_layers",
     "draw_layers",
     "layers_of",
     "run_layers",
+    "tile_size",
     "tiled_steps",
     "time_bias",
-    "time_features",
+    "time_of",
 ]
 
 Tree = Any
 
 EPS = 1e-5  # of the features' mean squares
-# Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
-TILE = 2**15
-# Leaves of a stack at least this large get tiles of their own.
-_ALONE = 2**11
 TIMES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
+
+# Where no derivative is recorded: numbers that a tile's features and layers take, so that they stay
+# in the cache of a CPU; elsewhere, coordinates that keep the device busy.
+_IN_CACHE = 2**20
+_ELSEWHERE = 2**22
 
 Layers = list[tuple[Tensor, Tensor]]
 
 
-def time_features(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tanh(t / s - 1)`` for the 11 scales s of time.
+class Time(NamedTuple):
+    """The first layer's part of time: ``tanh(t / s - 1)`` for the scales s, and the bias.
 
-    Args:
-        steps: the number of steps done, any shape.
-
-    Returns:
-        ``(11, *steps.shape)``.
+    Attributes:
+        scales: ``(11, 1)``.
+        columns, bias: ``(units, 11)`` and ``(units, 1)``.
     """
-    t = steps.to(dtype)
-    return torch.stack([torch.tanh(t / scale - 1) for scale in TIMES])
+
+    scales: Tensor
+    columns: Tensor
+    bias: Tensor
 
 
-def time_bias(th: Tree, steps: Tensor, p: Tensor, batch: int) -> Tensor:
-    """The first layer's bias with its part of time, ``(units, *)``, to be broadcast over ``p``.
+def time_of(th: Tree) -> Time:
+    """The part of time of these weights: the last rows of ``w0``."""
+    w0, n = th["w0"], len(TIMES)
+    # Filled, not made of a list: a transform does not allow that on each device.
+    scales = torch.stack([w0.new_full((1,), s) for s in TIMES])
+    return Time(scales, w0.narrow(0, w0.shape[0] - n, n).mT, th["b0"].unsqueeze(1))
+
+
+def time_bias(time: Time, steps: Tensor, p: Tensor, batch: int) -> Tensor:
+    """The first layer's bias, ``(units, *)``, to be broadcast over ``p``.
 
     Args:
-        th: the weights; the last rows of ``w0`` are those of time.
         steps: the number of steps done, one number or one for each of a stack.
         batch: leading axes of ``p`` that are those of a stack.
     """
-    n = len(TIMES)
-    time = time_features(steps.reshape(-1), p.dtype)
-    bias = th["w0"].narrow(0, th["w0"].shape[0] - n, n).mT @ time + th["b0"].unsqueeze(1)
+    seen = torch.tanh(steps.reshape(1, -1).to(p.dtype) / time.scales - 1)
+    bias = torch.addmm(time.bias, time.columns, seen)
     return bias.reshape(-1, *p.shape[:batch], *(1,) * (p.ndim - batch))
 
 
@@ -94,30 +104,37 @@ def count_layers(th: Tree) -> int:
     return n
 
 
-def layers_of(th: Tree, exp_mult: Any) -> Layers:
+def layers_of(th: Tree, step_mult: float, exp_mult: float) -> Layers:
     """The layers after the first, ``(out, in)`` and ``(out, 1)``; the last one gives two numbers.
 
-    The second of these is the magnitude times ``exp_mult``.
+    These are the direction times ``-step_mult`` and the magnitude times ``exp_mult``.
     """
     layers = [(th[f"w{i}"].mT, th[f"b{i}"].unsqueeze(1)) for i in range(1, count_layers(th))]
     w, b = (x.narrow(0, 0, 2) for x in layers[-1])
-    factor = torch.stack([torch.ones_like(b[0]), torch.full_like(b[0], exp_mult)])
+    pair = [torch.full_like(b[0], -step_mult), torch.full_like(b[0], exp_mult)]
+    factor = torch.stack(pair)
     return [*layers[:-1], (w * factor, b * factor)]
 
 
 def run_layers(
-    columns: Tensor, bias: Tensor, x: Tensor, scale: Tensor, layers: Layers, p: Tensor
+    columns: Tensor, bias: Tensor, x: Tensor, layers: Layers, p: Tensor, batch: int
 ) -> Tensor:
-    """``d exp(exp_mult e)`` for a whole tensor or stack, of the shape of ``p``.
+    """``-step_mult d exp(exp_mult e)`` for a whole tensor or stack, of the shape of ``p``.
 
     Args:
         columns: the first layer, ``(units, features)``.
         bias: of the first layer, ``(units, *)``, to be broadcast over the leaf.
-        x: ``(features, *leaf)``.
-        scale: what the features are multiplied by, ``(features, *)``, likewise.
+        x: ``(features, *leaf)``, not yet divided by their root mean squares.
+        layers: of `layers_of`.
+        batch: leading axes of ``p`` that are those of a stack.
     """
-    columns, x = _scaled(columns, x, scale)
     n = p.numel()
+    squares = sum_of_squares(x, tuple(range(1 + batch, x.ndim)))
+    scale = torch.rsqrt(squares / math.prod(p.shape[batch:]) + EPS)
+    if scale.numel() == scale.shape[0]:
+        columns = columns * scale.flatten()
+    else:
+        x = x * scale
     y = columns @ x.reshape(-1, n) + bias.expand(-1, *p.shape).reshape(-1, n)
     for w, b in layers:
         y = w @ torch.relu(y) + b
@@ -130,98 +147,91 @@ class Features(NamedTuple):
 
     Attributes:
         rows: how many.
-        advance: ``(tile, x)``: new moments of a tile, written where they belong; ``x`` is memory,
-            ``(rows, *tile)``.
-        make: ``(tile, x) -> x``: fills ``x`` with the features, from the new moments.
-        bias: ``tile -> (part, other part or None)``, whose sum is the first layer's bias,
-            ``(units, *)`` to be broadcast over the tile.
+        fill: ``(i, x, again)``: fills ``x``, ``(rows, *tile)``, with the features of tile i. The
+            first time, not ``again``, it also brings the moments of the tile up to date.
+        bias: tensors, ``(units, *)`` to be broadcast, one or two, whose sum is the first layer's
+            bias.
     """
 
     rows: int
-    advance: Callable[[Tile, Tensor], None]
-    make: Callable[[Tile, Tensor], Tensor]
-    bias: Callable[[Tile], tuple[Tensor, Tensor | None]]
+    fill: Callable[[int, Tensor, bool], None]
+    bias: Sequence[Tensor]
+
+
+def tile_size(columns: Tensor, layers: Layers, p: Tensor) -> int:
+    """Coordinates a tile of ``p``, for a network with these layers."""
+    if p.device.type != "cpu":
+        return _ELSEWHERE
+    widest = max(len(columns), *(len(w) for w, _ in layers))
+    return _IN_CACHE // (columns.shape[1] + 2 * widest)
 
 
 def tiled_steps(
-    features: Features,
-    columns: Tensor,
-    layers: Layers,
-    p: Tensor,
-    leaf_axes: Sequence[int],
-    size: int,
-    factor: float,
+    features: Features, cuts: Cuts, columns: Tensor, layers: Layers, p: Tensor, batch: int
 ) -> Tensor:
-    """``factor d exp(exp_mult e)``, tile by tile in memory that is used again and again.
+    """`run_layers`, tile by tile in memory that is used again and again; without derivatives.
 
-    Two passes: the features' sums of squares, then the features once more and the network. To
-    store the features in between would cost more than to make them again. Only without
-    derivatives.
+    A leaf that is cut is passed over twice: for the features' sums of squares, then the features
+    once more and the network. To store the features in between would cost more than to make them
+    again.
 
     Args:
-        leaf_axes: the axes of a leaf, the others being those of a stack.
-        size: coordinates a tile.
+        cuts: of tensors of the shape of ``p``.
     """
-    tiles = list(split(p.shape, size, leaf_axes, alone=_ALONE))
-    units = [columns.shape[0], *(w.shape[0] for w, _ in layers)]
-    memory = _Memory(p, features.rows, units, max(math.prod(tile.shape) for tile in tiles))
-    after = tuple(i + 1 for i in leaf_axes)
-
-    squares = p.new_zeros(
-        features.rows, *(1 if i in leaf_axes else n for i, n in enumerate(p.shape))
-    )
-    for tile in tiles:
-        x = memory.rows(tile.shape)
-        features.advance(tile, x)
-        sums = sum_of_squares(features.make(tile, x), after, fused=True)
-        tile.of_broadcast(squares).add_(sums)
-
-    count = math.prod([p.shape[i] for i in leaf_axes])
-    scale = torch.rsqrt(squares / count + EPS)
-    whole = scale.numel() == features.rows
-    if whole:
-        columns = columns * scale.flatten()
-    step = torch.empty_like(p)
-    for tile in tiles:
-        x = features.make(tile, memory.rows(tile.shape))
-        buffers = memory.layers(math.prod(tile.shape))
-        if not whole:
-            columns_of, x = _scaled(columns, x, tile.of_broadcast(scale), own=True)
+    count, rows = math.prod(p.shape[batch:]), features.rows
+    widths = [columns.shape[0], *(w.shape[0] for w, _ in layers)]
+    memory = _Memory(p, rows, widths, max(map(math.prod, cuts.shapes)))
+    delta = torch.empty_like(p)
+    deltas, biases = cuts.of(delta), [cuts.of(b, 1) for b in features.bias]
+    known: list[Tensor] | None = None
+    if any(axis >= batch for axis, *_ in cuts.axes):
+        sums = p.new_zeros(rows, *p.shape[:batch], *(1,) * (p.ndim - batch))
+        for i, part in enumerate(cuts.of(sums, 1)):
+            x = memory.rows(cuts.shapes[i])
+            features.fill(i, x, False)
+            part.add_(_squares(x, batch))
+        known = cuts.of(_scale(sums, count), 1)
+    for i, shape in enumerate(cuts.shapes):
+        x, (first, *others) = memory.rows(shape), memory.layers(math.prod(shape))
+        features.fill(i, x, known is not None)
+        scale = _scale(_squares(x, batch), count) if known is None else known[i]
+        w = columns
+        if scale.numel() == rows:
+            w = columns * scale.flatten()
         else:
-            columns_of = columns
-        bias, other = features.bias(tile)
-        if other is not None or bias.numel() > bias.shape[0]:
-            first = buffers[0].view(-1, *tile.shape)
-            bias = first.copy_(bias) if other is None else torch.add(bias, other, out=first)
-        y = torch.addmm(bias.flatten(1), columns_of, x.flatten(1), out=buffers[0])
-        for (w, b), out in zip(layers, buffers[1:], strict=True):
+            x.mul_(scale)
+        bias, target = [parts[i] for parts in biases], first.view(-1, *shape)
+        torch.add(*bias, out=target) if len(bias) == 2 else target.copy_(bias[0])
+        y = first.addmm_(w, x.view(rows, -1))
+        for (w, b), out in zip(layers, others, strict=True):
             y = torch.addmm(b, w, y.relu_(), out=out)
-        direction, magnitude = (z.view(tile.shape) for z in y.unbind(0))
-        torch.mul(direction.mul_(factor), magnitude.exp_(), out=tile.of(step))
-    return step
+        direction, magnitude = y.view(2, *shape).unbind(0)
+        torch.mul(direction, magnitude.exp_(), out=deltas[i])
+    return delta
 
 
-def _scaled(columns: Tensor, x: Tensor, scale: Tensor, own: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights and features whose product has the features scaled, by the weights if possible."""
-    if scale.numel() == scale.shape[0]:
-        return columns * scale.flatten(), x
-    return columns, (x.mul_(scale) if own else x * scale)
+def _squares(x: Tensor, batch: int) -> Tensor:
+    """Sums of squares over the axes of a leaf, which stay as size 1."""
+    kept = x.shape[: 1 + batch]
+    norm = torch.linalg.vector_norm(x.view(*kept, -1), dim=-1)
+    return norm.square_().view(*kept, *(1,) * (x.ndim - 1 - batch))
+
+
+def _scale(squares: Tensor, count: int) -> Tensor:
+    return torch.rsqrt(squares / count + EPS)
 
 
 class _Memory:
     """Memory for one tile, used for all of them."""
 
-    def __init__(self, like: Tensor, rows: int, units: Sequence[int], size: int) -> None:
+    def __init__(self, like: Tensor, rows: int, widths: Sequence[int], size: int) -> None:
         self.flat = like.new_empty(rows * size)
-        self.count = rows
-        self.units = units
+        self.count, self.widths = rows, widths
         # Two layers at a time: one is read while the next is written.
-        self.buffers = [like.new_empty(max(units) * size) for _ in range(2)]
+        self.buffers = [like.new_empty(max(widths) * size) for _ in range(2)]
 
-    def rows(self, shape: tuple[int, ...]) -> Tensor:
+    def rows(self, shape: Sequence[int]) -> Tensor:
         return self.flat[: self.count * math.prod(shape)].view(self.count, *shape)
 
     def layers(self, n: int) -> list[Tensor]:
-        return [
-            self.buffers[i % 2][: units * n].view(units, n) for i, units in enumerate(self.units)
-        ]
+        return [self.buffers[i % 2][: w * n].view(w, n) for i, w in enumerate(self.widths)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +12,20 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adafactor_mlp import check_sizes
 from fmeta.optimizers._common import count, one_minus
 from fmeta.optimizers._coordinate_net import (
-    EPS,
-    TILE,
     TIMES,
     Features,
+    Layers,
+    Time,
     draw_layers,
     layers_of,
     run_layers,
+    tile_size,
     tiled_steps,
     time_bias,
+    time_of,
 )
-from fmeta.optimizers._features import Tile, is_unobserved, sum_of_squares
+from fmeta.optimizers._features import is_unobserved
+from fmeta.optimizers._tiles import Cuts
 
 __all__ = ["mlp"]
 
@@ -82,36 +85,58 @@ def mlp(
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:
         return {**{name: torch.zeros_like(p) for name in _MOMENTS}, "count": count(p)}
 
+    def prepare(th: Tree) -> _Net:
+        columns = th["w0"].narrow(0, 0, _OWN).mT
+        return _Net(columns, time_of(th), layers_of(th, step_mult, exp_mult))
+
     def update(
-        th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0, own: bool = False
+        net: _Net, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0, own: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         done = {"count": h["count"] + 1}
         if p.numel() == 0:
             return torch.zeros_like(p), {**h, **done}
-        size = chunk_size or (TILE if p.device.type == "cpu" else p.numel())
-        columns, bias = th["w0"].narrow(0, 0, _OWN).mT, time_bias(th, h["count"], p, batch)
-        layers, leaf_axes = layers_of(th, exp_mult), tuple(range(batch, p.ndim))
-        planes = [h[name] for name in _MOMENTS]
-        if (batch or p.numel() > size) and is_unobserved(p, g, *planes, *th.values()):
-            new = planes if own else [p.new_empty(p.shape) for _ in _MOMENTS]
+        bias, old = time_bias(net.time, h["count"], p, batch), [h[name] for name in _MOMENTS]
+        if is_unobserved(p, g, bias, *old, *(x for pair in net.layers for x in pair)):
+            size = chunk_size or tile_size(net.columns, net.layers, p)
+            delta, new = _tiled(net, bias, p, g, old, batch, size, own)
+        else:
+            new = [torch.lerp(m, g, weight) for m, weight in zip(old, _WEIGHTS, strict=True)]
+            x = torch.stack([g, p, *new])
+            delta = run_layers(net.columns, bias, x, net.layers, p, batch)
+        return delta, {**dict(zip(_MOMENTS, new, strict=True)), **done}
 
-            def advance(tile: Tile, x: Tensor) -> None:
-                for old, to, weight in zip(planes, new, _WEIGHTS, strict=True):
-                    torch.lerp(tile.of(old), tile.of(g), weight, out=tile.of(to))
+    return lift(init, init_hidden, update, prepare=prepare, batched=True, owning=True)
 
-            def make(tile: Tile, x: Tensor) -> Tensor:
-                for slot, y in zip(x.unbind(0), (g, p, *new), strict=True):
-                    slot.copy_(tile.of(y))
-                return x
 
-            features = Features(_OWN, advance, make, lambda tile: (tile.of_broadcast(bias), None))
-            delta = tiled_steps(features, columns, layers, p, leaf_axes, size, -step_mult)
-            return delta, {**dict(zip(_MOMENTS, new, strict=True)), **done}
-        new = [torch.lerp(old, g, weight) for old, weight in zip(planes, _WEIGHTS, strict=True)]
-        x = torch.stack([g, p, *new])
-        squares = sum_of_squares(x, tuple(i + 1 for i in leaf_axes))
-        scale = torch.rsqrt(squares * (squares.numel() / x.numel()) + EPS)
-        step = run_layers(columns, bias, x, scale, layers, p)
-        return -step_mult * step, {**dict(zip(_MOMENTS, new, strict=True)), **done}
+class _Net(NamedTuple):
+    """The first layer of features and of time, and the layers after it."""
 
-    return lift(init, init_hidden, update, batched=True, owning=True)
+    columns: Tensor
+    time: Time
+    layers: Layers
+
+
+def _tiled(
+    net: _Net,
+    bias: Tensor,
+    p: Tensor,
+    g: Tensor,
+    old: list[Tensor],
+    batch: int,
+    size: int,
+    own: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Delta and momenta, tile by tile; only without derivatives."""
+    cuts = Cuts(p.shape, size)
+    new = old if own else [torch.empty_like(m) for m in old]
+    of_p, of_g = cuts.of(p), cuts.of(g)
+    of_old, of_new = (list(zip(*map(cuts.of, x), strict=True)) for x in (old, new))
+
+    def fill(i: int, x: Tensor, again: bool) -> None:
+        if not again:
+            for before, after, weight in zip(of_old[i], of_new[i], _WEIGHTS, strict=True):
+                torch.lerp(before, of_g[i], weight, out=after)
+        torch.stack([of_g[i], of_p[i], *of_new[i]], out=x)
+
+    features = Features(_OWN, fill, [bias])
+    return tiled_steps(features, cuts, net.columns, net.layers, p, batch), new

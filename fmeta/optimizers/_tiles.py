@@ -1,0 +1,47 @@
+"""Tensors cut into tiles that stay in the cache, as lists of views made at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["Cuts"]
+
+
+class Cuts:
+    """How tensors of one shape are cut: along as few axes as possible, the first ones.
+
+    Attributes:
+        axes: ``(axis, length, count)`` for each axis that is cut; the last piece may be shorter.
+        shapes: of the tiles.
+    """
+
+    def __init__(self, shape: Sequence[int], size: int) -> None:
+        """Tiles of at most ``size`` coordinates, of about equal sizes."""
+        self.axes: list[tuple[int, int, int]] = []
+        lengths: list[list[int]] = []
+        left = size
+        for axis in reversed(range(len(shape))):
+            n, step = shape[axis], min(shape[axis], max(left, 1))
+            left //= max(step, 1)
+            if step < n:
+                step = -(-n // -(-n // step))
+                self.axes.insert(0, (axis, step, -(-n // step)))
+            lengths.insert(0, [min(step, n - a) for a in range(0, n, step)] if n else [0])
+        self.shapes = list(itertools.product(*lengths))
+
+    def of(self, x: Tensor, before: int = 0) -> list[Tensor]:
+        """The parts of a tensor that has the shape, or broadcasts to it.
+
+        Args:
+            before: axes that come before those of the shape.
+        """
+        parts = [x]
+        for axis, step, count in self.axes:
+            if x.shape[axis + before] > 1:
+                parts = [y for part in parts for y in part.split(step, axis + before)]
+            else:
+                parts = [part for part in parts for _ in range(count)]
+        return parts
