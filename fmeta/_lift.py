@@ -183,18 +183,53 @@ def _broadcast_group(
         return out.reshape(-1, *ones) if out.ndim == 1 else out
 
     ps, gs, states, hypers = zip(*rows, strict=True)
-    columns = {k: torch.stack([s[k] for s in states]) for k in states[0]}
-    scalars = {k for k, v in columns.items() if v.ndim == 1}
+    given, kept = {}, set()
+    for k in states[0]:
+        xs = [s[k] for s in states]
+        column = _as_one(xs) if extra.get("own") else None
+        if column is not None:
+            kept.add(k)
+        column = torch.stack(xs) if column is None else column
+        given[k] = column.reshape(-1, *ones) if column.ndim == 1 else column
+    scalars = {k for k in given if not states[0][k].ndim}
     delta, state = update_leaf(
         theta,
         torch.stack(ps),
         torch.stack(gs),
-        {k: v.reshape(-1, *ones) if k in scalars else v for k, v in columns.items()},
+        dict(given),
         **{k: stack([h[k] for h in hypers]) for k in hypers[0]},
         **extra,
     )
-    rows_out = {k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in state.items()}
-    return [(d, {k: v[i] for k, v in rows_out.items()}) for i, d in enumerate(delta.unbind(0))]
+    for k in kept & state.keys():  # the leaves' own tensors hold the new state
+        if state[k] is not given[k]:
+            given[k].copy_(state[k])
+    fresh = {k: v for k, v in state.items() if k not in kept}
+    rows_out = {k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in fresh.items()}
+    return [
+        (d, {k: rows_out[k][i] if k in fresh else states[i][k] for k in state})
+        for i, d in enumerate(delta.unbind(0))
+    ]
+
+
+def _as_one(xs: Sequence[Tensor]) -> Tensor | None:
+    """The tensors as one, stacked, if they lie one after another in one memory; or None.
+
+    So they do once a stack's new state was handed out leaf by leaf.
+    """
+    first = xs[0]
+    size = first.numel() * first.element_size()
+    if torch.compiler.is_compiling() or not size or first.device.type == "meta":
+        return None
+    start, memory = first.data_ptr(), first.untyped_storage()
+    ends = range(start, start + len(xs) * size + 1, size)
+    if ends[-1] > memory.data_ptr() + memory.nbytes():
+        return None
+    one_after_another = [x.data_ptr() for x in xs] == list(ends[:-1])
+    if not one_after_another or not all(x.is_contiguous() for x in xs):
+        return None
+    if any(shape != first.shape for shape in [x.shape for x in xs]):
+        return None
+    return first.as_strided((len(xs), *first.shape), (first.numel(), *first.stride()))
 
 
 def _stack_numbers(values: Sequence[Any], param: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"muon", "normalized_mlp", "basis_mlp", "velo", "hebbian_mlp"}
+AXES = {"muon", "adafactor_mlp", "normalized_mlp", "basis_mlp", "velo", "hebbian_mlp"}
 OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 # Their weights are for the coordinates as they stand: no permutation need commute.
 ASYMMETRIC = {"meta_curvature"}
