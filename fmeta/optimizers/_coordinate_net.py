@@ -111,7 +111,7 @@ def layers_of(th: Tree, step_mult: float, exp_mult: float) -> Layers:
     """
     layers = [(th[f"w{i}"].mT, th[f"b{i}"].unsqueeze(1)) for i in range(1, count_layers(th))]
     w, b = (x.narrow(0, 0, 2) for x in layers[-1])
-    pair = [torch.full_like(b[0], -step_mult), torch.full_like(b[0], exp_mult)]
+    pair = [b.new_full((1,), -step_mult), b.new_full((1,), exp_mult)]
     factor = torch.stack(pair)
     return [*layers[:-1], (w * factor, b * factor)]
 

@@ -7,7 +7,7 @@ from fmeta import learn, optimizers
 from fmeta.testing import activations_beside, check_optimizer
 
 DEVICES = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-AXES = {"normalized_mlp", "basis_mlp", "muon", "hebbian_mlp"}
+AXES = {"adafactor_mlp", "normalized_mlp", "basis_mlp", "muon", "velo", "hebbian_mlp"}
 OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 RULES = {
     **{n: builder if n in OF_A_TREE else builder() for n, builder in optimizers.BUILDERS.items()},
