@@ -21,7 +21,15 @@ from fmeta.testing import (
 )
 
 # Rules that know the axes of a tensor, so that only permutations along each of them commute.
-AXES = {"muon", "adafactor_mlp", "normalized_mlp", "basis_mlp", "velo", "hebbian_mlp"}
+AXES = {
+    "muon",
+    "adafactor, factored",
+    "adafactor_mlp",
+    "normalized_mlp",
+    "basis_mlp",
+    "velo",
+    "hebbian_mlp",
+}
 OF_A_TREE = {"per_parameter_sgd", "meta_curvature"}
 # Their weights are for the coordinates as they stand: no permutation need commute.
 ASYMMETRIC = {"meta_curvature"}
@@ -35,6 +43,10 @@ RULES = {
     "sgd with Nesterov momentum": optimizers.sgd(0.1, momentum=0.9, nesterov=True),
     "rmsprop, centered, with momentum": optimizers.rmsprop(momentum=0.5, centered=True),
     "adam with eps_root": optimizers.adam(eps_root=1e-6),
+    "rmsprop, optax's": optimizers.rmsprop(eps=0.0, eps_root=1e-8, momentum=0.9, nesterov=True),
+    "radam, rectified": optimizers.radam(0.1, betas=(0.8, 0.9)),
+    "adafactor, factored": optimizers.adafactor(0.1, 2, momentum=0.9, weight_decay=0.1),
+    "schedule_free_adamw, warmed up": optimizers.schedule_free_adamw(0.1, warmup_steps=3),
     "learned sgd": learn(optimizers.sgd, {"lr": "log"}, lr=0.1),
     "learned sgd with momentum": learn(
         optimizers.sgd, {"lr": "linear", "momentum": "logit"}, lr=0.1, momentum=0.5
