@@ -116,7 +116,7 @@ def lift(
                 (
                     *at.pair(i),
                     at.states[i],
-                    {k: _number(v[i], at.params[i]) for k, v in named.items()},
+                    {k: _number(v[i], at.params[i]) for k, v in named.items()} if named else {},
                 )
                 for i in group
             ]
@@ -203,6 +203,8 @@ def _broadcast_group(
     for k in kept & state.keys():  # the leaves' own tensors hold the new state
         if state[k] is not given[k]:
             given[k].copy_(state[k])
+    if kept == state.keys() == states[0].keys():
+        return list(zip(delta.unbind(0), states, strict=True))
     fresh = {k: v for k, v in state.items() if k not in kept}
     rows_out = {k: (v.reshape(-1) if k in scalars else v).unbind(0) for k, v in fresh.items()}
     return [
@@ -224,10 +226,10 @@ def _as_one(xs: Sequence[Tensor]) -> Tensor | None:
     ends = range(start, start + len(xs) * size + 1, size)
     if ends[-1] > memory.data_ptr() + memory.nbytes():
         return None
-    one_after_another = [x.data_ptr() for x in xs] == list(ends[:-1])
-    if not one_after_another or not all(x.is_contiguous() for x in xs):
+    # Without loops of Python: this is asked for every tensor of the state, at every step.
+    if list(map(Tensor.data_ptr, xs)) != list(ends[:-1]):
         return None
-    if any(shape != first.shape for shape in [x.shape for x in xs]):
+    if not all(map(Tensor.is_contiguous, xs)):
         return None
     return first.as_strided((len(xs), *first.shape), (first.numel(), *first.stride()))
 

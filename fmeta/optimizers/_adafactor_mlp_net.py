@@ -21,6 +21,7 @@ from fmeta.optimizers._coordinate_net import (
     time_of,
 )
 from fmeta.optimizers._features import clamped_rsqrt, factored_axes, normalize
+from fmeta.optimizers._tiles import Scratch
 
 __all__ = [
     "Decays",
@@ -68,6 +69,7 @@ class Net(NamedTuple):
         sides: the first layer of rows and of columns, each ``(units, 2 * decays)``.
         time: the first layer of time.
         layers: those after the first, with the multipliers.
+        scratch: memory for tiles, of a step.
     """
 
     momentum: Sequence[Tensor]
@@ -78,6 +80,7 @@ class Net(NamedTuple):
     sides: tuple[Tensor, Tensor]
     time: Time
     layers: Layers
+    scratch: Scratch
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -154,6 +157,7 @@ def net_of(th: Tree, initial: Decays, step_mult: float, exp_mult: float) -> Net:
         (torch.cat([row, row_root]).mT, torch.cat([col, col_root]).mT),
         time_of(th),
         layers_of(th, step_mult, exp_mult),
+        Scratch(),
     )
 
 
@@ -194,18 +198,20 @@ def axes_of(p: Tensor, batch: int) -> tuple[int, int] | None:
 
 
 def second_moments(
-    net: Net, h: Mapping[str, Tensor], squares: Mapping[str, Tensor]
+    net: Net, h: Mapping[str, Tensor], squares: Mapping[str, Tensor], own: bool = False
 ) -> dict[str, Tensor]:
     """Averages of squares with each decay, on a trailing axis.
 
     Args:
         squares: ``row``, ``col``: means of squared gradients; or ``v``: squared gradients.
+        own: whether the state's memory is used for the new one.
     """
     found = {}
     for name, square in squares.items():
         weight = net.adafactor.reshape(-1, *(1,) * square.ndim)
         old = h[name].movedim(-1, 0)
-        found[name] = torch.lerp(old, square + 1e-30, weight).movedim(0, -1)
+        new = torch.lerp(old, square + 1e-30, weight, out=old if own else None)
+        found[name] = h[name] if own else new.movedim(0, -1)
     return found
 
 

@@ -33,14 +33,18 @@ def tiled(
         size: coordinates a tile.
         own: whether the state's memory may be used for the new one.
     """
+
+    def squared(part: Tensor, _: Tensor) -> Tensor:
+        return torch.mul(part, part, out=net.scratch("features", part, part.shape))
+
     cuts, axes = Cuts(p.shape, size), axes_of(p, batch)
     bias = [time_bias(net.time, h["count"], p, batch)]
     if axes is None:
-        columns, second = net.flat_columns, second_moments(net, h, {"v": g * g})
+        columns, second = net.flat_columns, second_moments(net, h, {"v": g * g}, own)
         of_second = [cuts.of(second["v"].movedim(-1, 0), 1)]
     else:
-        row, col = tiled_means(lambda part, out: torch.mul(part, part, out=out), g, axes, size)
-        columns, second = net.columns, second_moments(net, h, {"row": row, "col": col})
+        row, col = tiled_means(squared, g, axes, size)
+        columns, second = net.columns, second_moments(net, h, {"row": row, "col": col}, own)
         sides = of_sides(net, second, axes, batch)
         of_second = [cuts.of(x, 1) for x in (sides.row_factor, sides.col_factor)]
         bias = [bias[0] + sides.row_bias, sides.col_bias]
@@ -74,5 +78,5 @@ def tiled(
         torch.rsqrt(torch.add(w, 1e-8, out=w_root), out=w_root)
 
     features = Features(columns.shape[1], fill, bias)
-    delta = tiled_steps(features, cuts, columns, net.layers, p, batch)
+    delta = tiled_steps(features, cuts, columns, net.layers, p, batch, net.scratch)
     return delta, {**new, **second, "count": h["count"] + 1}

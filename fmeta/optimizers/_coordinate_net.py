@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fmeta.optimizers._features import sum_of_squares
-from fmeta.optimizers._tiles import Cuts
+from fmeta.optimizers._tiles import Cuts, Scratch
 from fmeta.random import own
 
 __all__ = [
@@ -41,8 +41,9 @@ EPS = 1e-5  # of the features' mean squares
 TIMES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 
 # Where no derivative is recorded: numbers that a tile's features and layers take, so that they stay
-# in the cache of a CPU; elsewhere, coordinates that keep the device busy.
-_IN_CACHE = 2**20
+# in the last cache of a CPU (measured: a quarter of it is slower by half, as each operation has its
+# price, twice as many by a third); elsewhere, coordinates that keep the device busy.
+_IN_CACHE = 3 * 2**20
 _ELSEWHERE = 2**22
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -167,7 +168,13 @@ def tile_size(columns: Tensor, layers: Layers, p: Tensor) -> int:
 
 
 def tiled_steps(
-    features: Features, cuts: Cuts, columns: Tensor, layers: Layers, p: Tensor, batch: int
+    features: Features,
+    cuts: Cuts,
+    columns: Tensor,
+    layers: Layers,
+    p: Tensor,
+    batch: int,
+    scratch: Scratch,
 ) -> Tensor:
     """`run_layers`, tile by tile in memory that is used again and again; without derivatives.
 
@@ -177,22 +184,26 @@ def tiled_steps(
 
     Args:
         cuts: of tensors of the shape of ``p``.
+        scratch: memory for features and layers.
     """
     count, rows = math.prod(p.shape[batch:]), features.rows
     widths = [columns.shape[0], *(w.shape[0] for w, _ in layers)]
-    memory = _Memory(p, rows, widths, max(map(math.prod, cuts.shapes)))
     delta = torch.empty_like(p)
     deltas, biases = cuts.of(delta), [cuts.of(b, 1) for b in features.bias]
     known: list[Tensor] | None = None
     if any(axis >= batch for axis, *_ in cuts.axes):
         sums = p.new_zeros(rows, *p.shape[:batch], *(1,) * (p.ndim - batch))
         for i, part in enumerate(cuts.of(sums, 1)):
-            x = memory.rows(cuts.shapes[i])
+            x = scratch("features", p, (rows, *cuts.shapes[i]))
             features.fill(i, x, False)
             part.add_(_squares(x, batch))
         known = cuts.of(_scale(sums, count), 1)
     for i, shape in enumerate(cuts.shapes):
-        x, (first, *others) = memory.rows(shape), memory.layers(math.prod(shape))
+        x = scratch("features", p, (rows, *shape))
+        # Two layers at a time: one is read while the next is written.
+        first, *others = (
+            scratch(f"layer {i % 2}", p, (n, math.prod(shape))) for i, n in enumerate(widths)
+        )
         features.fill(i, x, known is not None)
         scale = _scale(_squares(x, batch), count) if known is None else known[i]
         w = columns
@@ -219,19 +230,3 @@ def _squares(x: Tensor, batch: int) -> Tensor:
 
 def _scale(squares: Tensor, count: int) -> Tensor:
     return torch.rsqrt(squares / count + EPS)
-
-
-class _Memory:
-    """Memory for one tile, used for all of them."""
-
-    def __init__(self, like: Tensor, rows: int, widths: Sequence[int], size: int) -> None:
-        self.flat = like.new_empty(rows * size)
-        self.count, self.widths = rows, widths
-        # Two layers at a time: one is read while the next is written.
-        self.buffers = [like.new_empty(max(widths) * size) for _ in range(2)]
-
-    def rows(self, shape: Sequence[int]) -> Tensor:
-        return self.flat[: self.count * math.prod(shape)].view(self.count, *shape)
-
-    def layers(self, n: int) -> list[Tensor]:
-        return [self.buffers[i % 2][: w * n].view(w, n) for i, w in enumerate(self.widths)]

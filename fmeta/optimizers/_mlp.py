@@ -25,7 +25,7 @@ from fmeta.optimizers._coordinate_net import (
     time_of,
 )
 from fmeta.optimizers._features import is_unobserved
-from fmeta.optimizers._tiles import Cuts
+from fmeta.optimizers._tiles import Cuts, Scratch
 
 __all__ = ["mlp"]
 
@@ -87,7 +87,7 @@ def mlp(
 
     def prepare(th: Tree) -> _Net:
         columns = th["w0"].narrow(0, 0, _OWN).mT
-        return _Net(columns, time_of(th), layers_of(th, step_mult, exp_mult))
+        return _Net(columns, time_of(th), layers_of(th, step_mult, exp_mult), Scratch())
 
     def update(
         net: _Net, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0, own: bool = False
@@ -109,11 +109,12 @@ def mlp(
 
 
 class _Net(NamedTuple):
-    """The first layer of features and of time, and the layers after it."""
+    """The first layer of features and of time, the layers after it, memory for tiles."""
 
     columns: Tensor
     time: Time
     layers: Layers
+    scratch: Scratch
 
 
 def _tiled(
@@ -139,4 +140,5 @@ def _tiled(
         torch.stack([of_g[i], of_p[i], *of_new[i]], out=x)
 
     features = Features(_OWN, fill, [bias])
-    return tiled_steps(features, cuts, net.columns, net.layers, p, batch), new
+    delta = tiled_steps(features, cuts, net.columns, net.layers, p, batch, net.scratch)
+    return delta, new

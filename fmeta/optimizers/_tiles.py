@@ -1,13 +1,14 @@
-"""Tensors cut into tiles that stay in the cache, as lists of views made at once."""
+"""Tensors cut into tiles that stay in the cache, and memory that is used for all of them."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["Cuts"]
+__all__ = ["Cuts", "Scratch"]
 
 
 class Cuts:
@@ -45,3 +46,25 @@ class Cuts:
             else:
                 parts = [part for part in parts for _ in range(count)]
         return parts
+
+
+class Scratch:
+    """Memory for one tile after another, and one tensor after another of a step.
+
+    New memory for each would cost the system's clearing of its pages.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of the shape, of the kind of ``like``; what it holds is not defined.
+
+        Args:
+            name: what is asked for by another name is other memory.
+        """
+        size, held = math.prod(shape), self._held.get(name)
+        fits = held is not None and held.dtype == like.dtype and held.device == like.device
+        if held is None or not fits or held.numel() < size:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(*shape)

@@ -131,13 +131,13 @@ def peak(call):
 
 def test_a_step_takes_little_memory_beside_the_state():
     """Delta and new state; where the state may be overwritten, delta and a few tiles."""
-    rule, shape = adafactor_mlp(), (2000, 1000)
+    rule, shape = adafactor_mlp(), (4000, 1000)
     th, p = rule.init(), drawn(shape, dtype=torch.float32)
     h = rule.init_hidden(th, p)
     size = 4 * p.numel()
     hidden = sum(x.numel() * x.element_size() for x in trees.leaves(h))
-    assert peak(lambda: rule.update(th, p, p, h)) < size + hidden + 7e6
-    assert peak(lambda: consuming_update(rule)(th, p, p, h)) < size + 7e6
+    assert peak(lambda: rule.update(th, p, p, h)) < size + hidden + 14e6
+    assert peak(lambda: consuming_update(rule)(th, p, p, h)) < size + 14e6
     assert 4 * size < hidden < 4.1 * size
 
 
