@@ -426,12 +426,12 @@ UNROLL = {
     "an unknown optimizer": (
         lambda: optimizers.get("admaw"),
         ValueError,
-        "unknown optimizer 'admaw': did you mean adamw or adam.* there are sgd",
+        "unknown optimizer 'admaw': did you mean adamw or .* there are sgd, ",
     ),
     "an optimizer like no other": (
         lambda: optimizers.get("zzz"),
         ValueError,
-        "unknown optimizer 'zzz': there are sgd, rmsprop",
+        "unknown optimizer 'zzz': there are sgd, .*rmsprop, ",
     ),
 }
 HORIZON = fmeta.optimizer_from_step(

@@ -62,15 +62,28 @@ def test_top_level_of_the_repository():
 
 
 def test_nothing_is_pickled():
-    """Files are safetensors and JSON: loading one must never run code."""
+    """Files are safetensors and JSON: loading one must never run code.
+
+    Networks of others may come as state dicts of torch: of those only tensors are read.
+    """
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        for line, name in _dotted_names(ast.parse(path.read_text()))
+        for line, name in _dotted_names(_without_tensor_loads(ast.parse(path.read_text())))
         if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib"}
         or name in {"torch.load", "torch.save"}
     ]
     assert not found, "\n".join(found)
+
+
+def _without_tensor_loads(tree):
+    """Forgets the names of calls ``torch.load(..., weights_only=True)``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = [k for k in node.keywords if k.arg == "weights_only"]
+            if safe and isinstance(safe[0].value, ast.Constant) and safe[0].value.value is True:
+                node.func = ast.Name("load")
+    return tree
 
 
 def _dotted_names(tree):
