@@ -58,7 +58,7 @@ def test_weights_follow_parameters_that_are_replaced_in_their_groups(kit):
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("nonfinite", ["allow", "skip"])
-@pytest.mark.parametrize("rule", ["adam", "normalized_mlp", "basis_mlp", "lstm"])
+@pytest.mark.parametrize("rule", [n for n in RULES if n not in OF_A_TREE])
 def test_no_value_is_looked_at_and_no_device_mixed_on_fake_cuda(rule, nonfinite, capturable):
     optimizer = optimizers.get(rule)()
     th = optimizer.init()
