@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmeta import trees
+
 __all__ = ["activations", "layer_activity"]
 
 Tensors = dict[str, Tensor]
@@ -141,6 +143,10 @@ def _below(tensors: Any) -> Any:
     return {_PREFIX + name: x for name, x in tensors.items()}
 
 
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
 class _Recorder(nn.Module):
     """A module that returns what went through its submodules in place of its output."""
 
@@ -150,6 +156,15 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Any, Any]]:
         seen: dict[str, tuple[Any, Any]] = {}
+        given: dict[str, Any] = {}
+
+        # Copies: what comes after (a ReLU in place) may change the very tensors.
+        def keeper(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                if inputs:
+                    given[name] = trees.map(_copied, inputs[0])
+
+            return hook
 
         def recorder(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,15 +178,16 @@ class _Recorder(nn.Module):
                         f"the submodule {name!r} was called by keywords only: pass its input by "
                         "position, or name other submodules"
                     )
-                seen[name] = (inputs[0], output)
+                seen[name] = (given[name], trees.map(_copied, output))
 
             return hook
 
         handles = []
         try:
             for name in self.names:
-                hook = recorder(name)
-                handles.append(self.module.get_submodule(name).register_forward_hook(hook))
+                part = self.module.get_submodule(name)
+                handles.append(part.register_forward_pre_hook(keeper(name)))
+                handles.append(part.register_forward_hook(recorder(name)))
             self.module(*args, **kwargs)
         finally:
             for handle in handles:

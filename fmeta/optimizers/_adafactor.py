@@ -46,8 +46,10 @@ def adafactor(
     clipping_threshold=d, weight_decay=lr * weight_decay, relative_step=True, axes="last")``, for
     gradients whose mean square is well above its own ``eps``, which is a bound there and not added.
 
-    v below the 2/3th power of the smallest number (about 5e-26 in float32) counts as constant, so
-    that derivatives stay finite where a gradient is 0.
+    v below the 2/3th power of the smallest number (about 5e-26 in float32) is raised to it, so that
+    derivatives stay finite where a gradient is 0: gradients below about 2e-13 make smaller steps
+    than optax's. Of equally large axes the last count as the largest, as in a stable sort; optax
+    sorts by an algorithm that is not stable on every machine.
 
     Args:
         lr, decay_rate, momentum, weight_decay: numbers, scalar tensors or trees shaped like the

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._common import check_numbers, count, nothing_to_learn
+from fmeta.optimizers._common import check_number, count, nothing_to_learn
 from fmeta.optimizers._moments import check_all, full_root, is_off
 
 __all__ = ["adagrad"]
@@ -48,7 +48,7 @@ def adagrad(
         (2011), figure 1 with diagonal matrices.
     """
     check_all(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, eps_root=eps_root)
-    check_numbers("initial_accumulator_value", initial_accumulator_value)
+    check_number("initial_accumulator_value", initial_accumulator_value)
     decays, slows = not is_off(weight_decay), not is_off(lr_decay)
 
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:

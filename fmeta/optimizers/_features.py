@@ -45,7 +45,11 @@ def stacked_ema(old: Tensor, x: Tensor, decays: Sequence[float]) -> Tensor:
 
 
 def factored_axes(shape: Sequence[int]) -> tuple[int, int]:
-    """The two largest axes ``(d1, d0)`` of a tensor, d0 the largest; of equal ones the last."""
+    """The two largest axes ``(d1, d0)`` of a tensor, d0 the largest; of equal ones the last.
+
+    As a stable sort has it. The references call one that is not stable on every machine, so their
+    own runs of square kernels may differ there.
+    """
     order = sorted(range(len(shape)), key=lambda i: shape[i])
     return order[-2], order[-1]
 

@@ -93,6 +93,8 @@ def hebbian_mlp(lr: Any = 1.0) -> Optimizer:
         Feedback that learns: Kolen and Pollack (1994); Akrout et al. (1904.05391).
     """
     check_number("lr", lr)
+    if isinstance(lr, Tensor) and lr.ndim:
+        raise ValueError(f"lr must be a scalar, got a tensor of shape {tuple(lr.shape)}")
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         def zeros(th: Tree, p: Tensor) -> dict[str, Tensor]:

@@ -89,6 +89,13 @@ def layers_of(activations: Any, at: Leaves) -> list[Layer]:
             f"fmeta.functional.layer_activity makes them, got a {type(activations).__name__}"
         )
     index = {path: i for i, path in enumerate(trees.paths(at.model_params))}
+    paths = [path for given in activations for path in given]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"the parameter at path {path!r} is in several layers: a weight that layers share "
+                "has no one activity beside it; leave it out of all but one of them"
+            )
     return [layer for given in activations if (layer := _layer(given, index, at)) is not None]
 
 

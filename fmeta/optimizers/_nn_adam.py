@@ -109,6 +109,16 @@ def nn_adam(
         "beta2": math.log1p(-initial_beta2),
         "epsilon": math.log(initial_epsilon),
     }
+    for key, (name, given) in zip(
+        ("lr", "epsilon", "beta1", "beta2"), numbers.items(), strict=True
+    ):
+        low, high = _RANGES[key]
+        if not low - 1e-9 <= start[key] <= high + 1e-9:
+            what = f"1 - {name}" if "beta" in key else name
+            raise ValueError(
+                f"{what} must be from {math.exp(low):.3g} to {math.exp(high):.3g}, the range that "
+                f"the network moves it in, got {name}={given}"
+            )
     return treewise(_Rule(output_scale, decay_strength, lstm_hidden_size, start))
 
 
@@ -160,11 +170,23 @@ class _Rule:
         lr, epsilon = _exponential(h, "lr"), _exponential(h, "epsilon")
         delta = -lr * (1 + epsilon) / (epsilon + torch.sqrt(h["v"] + 1e-10)) * h["m"]
         new = {}
-        for (name, (low, high)), change in zip(_RANGES.items(), control.unbind(0), strict=True):
+        for name, change in zip(_RANGES, control.unbind(0), strict=True):
             u = h[name] + change
-            u = u - self.decay_strength * (u - th["start"][name])
-            new[name] = u.clamp(low / _SCALE, high / _SCALE)
+            new[name] = _settled(name, u - self.decay_strength * (u - th["start"][name]))
         return delta, {**h, **new}
+
+
+def _settled(name: str, u: Tensor) -> Tensor:
+    """Within the range, and by way of the number itself, whose rounding the reference keeps.
+
+    A beta of 0.999 has room for three digits of 1 - beta in float32: weights learned with that.
+    """
+    u = _SCALE * u
+    low, high = _RANGES[name]
+    if name.startswith("beta"):
+        beta = 1 - torch.exp(u.clamp(low, high))
+        return torch.log(1 - beta) / _SCALE
+    return torch.log(torch.exp(u).clamp(math.exp(low), math.exp(high))) / _SCALE
 
 
 def _exponential(h: dict[str, Tensor], name: str) -> Tensor:

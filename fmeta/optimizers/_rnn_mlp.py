@@ -105,8 +105,9 @@ def rnn_mlp(
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and (not whole or chunk_size < 1):
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
     check_number("step_multiplier", step_multiplier)
     check_number("magnitude_rate", magnitude_rate)
     decays = tuple(decays)
@@ -114,6 +115,8 @@ def rnn_mlp(
         raise ValueError("decays must hold at least one decay, got none")
     for i, decay in enumerate(decays):
         check_number(f"decays[{i}]", decay, below=1)
+        if numpy.float32(decay) == 1:
+            raise ValueError(f"decays[{i}] = {decay} is 1 in float32, where nothing would move")
     # The reference holds them in float32, where 1 - .9999 is 1.7e-4 off: weights learned with it.
     decays = tuple(float(numpy.float32(decay)) for decay in decays)
     rule = _Rule(sizes, decays, step_multiplier, magnitude_rate, chunk_size)
@@ -232,10 +235,9 @@ def _update(
     extras: Mapping[str, Any] | None = None,
 ) -> tuple[Tree, Hidden]:
     """A step of training, or where ``extras["is_valid"]`` a look at a validation loss."""
-    delta, new = train(opt_params, model_params, grads, hidden, loss=loss, extras=extras)
     flag = None if extras is None else extras.get("is_valid")
-    if flag is None or loss is None:  # without a loss `train` has raised
-        return delta, new
+    if flag is None or loss is None:  # without a loss `train` raises
+        return train(opt_params, model_params, grads, hidden, loss=loss, extras=extras)
     seen = _rnn_mlp_tensor.after_valid_loss(hidden.shared, loss)
     if not isinstance(flag, Tensor):
         flag = torch.full((), bool(flag), device=seen["clip"].device)
@@ -245,6 +247,9 @@ def _update(
             "whole step whether its loss is a validation loss"
         )
     valid = flag.to(torch.bool)
+    # What is not used must not be NaN either: it would come back into derivatives.
+    grads = trees.map(lambda g: None if g is None else torch.where(valid, 0.0, g), grads)
+    delta, new = train(opt_params, model_params, grads, hidden, loss=loss, extras=extras)
     delta = trees.map(lambda d: None if d is None else torch.where(valid, 0.0, d), delta)
     leaves, shared = trees.map(
         lambda old, after: torch.where(valid, old, after),

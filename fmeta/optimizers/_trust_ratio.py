@@ -23,11 +23,22 @@ def trust_ratio(
         batch: number of leading axes that are not the tensor's own.
 
     Returns:
-        One number a tensor, with axes of size 1 in place of the leaf's. Its derivatives are finite,
-        and 0 where a norm is 0.
+        One number a tensor, with axes of size 1 in place of the leaf's. Its derivatives are 0
+        where a norm is 0, and finite wherever the dtype can hold them.
     """
     own = tuple(range(batch, param.ndim))
-    size, change = (safe_sqrt(sum_of_squares(x, own)) for x in (param, update))
+    size, change = (_norm(x, own) for x in (param, update))
     usable = (size > 0) & (change > 0)
     ratio = coefficient * size / (torch.where(usable, change, 1.0) + eps)
     return torch.where(usable, ratio, 1.0)
+
+
+def _norm(x: Tensor, own: tuple[int, ...]) -> Tensor:
+    """Of elements over the largest one: squares and their derivatives stay near 1."""
+    largest = x.detach().abs()
+    if own and x.numel():
+        largest = largest.amax(own, keepdim=True)
+    elif own:
+        largest = sum_of_squares(largest, own)
+    unit = torch.where(largest > 0, largest, 1.0)
+    return unit * safe_sqrt(sum_of_squares(x / unit, own))

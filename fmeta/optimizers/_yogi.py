@@ -11,7 +11,7 @@ from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import (
     bias_corrections,
-    check_numbers,
+    check_number,
     count,
     ema,
     nothing_to_learn,
@@ -52,7 +52,7 @@ def yogi(
         Zaheer et al., "Adaptive methods for nonconvex optimization" (2018), algorithm 2.
     """
     check_all(lr=lr, eps=eps, eps_root=eps_root)
-    check_numbers("initial_accumulator_value", initial_accumulator_value)
+    check_number("initial_accumulator_value", initial_accumulator_value)
     b1, b2 = check_betas(betas)
 
     def init_hidden(th: Tree, p: Tensor) -> dict[str, Tensor]:

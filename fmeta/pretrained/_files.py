@@ -33,7 +33,15 @@ def save(
         ValueError: unknown rule, weights that do not fit it (with the path), or arguments that
             JSON cannot hold.
     """
+    if os.fspath(path).endswith(PICKLED):
+        raise ValueError(
+            f"{os.fspath(path)}: that ending is of files by torch.save, and these are safetensors: "
+            "name it *.safetensors"
+        )
     _check_like(rule_name, builder_arguments, opt_params)
+    for name, x in zip(trees.paths(opt_params), trees.leaves(opt_params), strict=True):
+        if not x.is_floating_point():
+            raise ValueError(f"opt_params at path {name} are {x.dtype}: weights are floating")
     try:
         header = json.dumps(
             {"format": _FORMAT, "rule": rule_name, "arguments": builder_arguments}, sort_keys=True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta.optimizers._normalized_mlp import from_celo2
+from fmeta.pretrained._finite import check_finite
 
 __all__ = ["Found", "from_pylo", "recognised"]
 
@@ -59,8 +60,8 @@ def from_pylo(rule_name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         rule_name: ``"adafactor_mlp"`` for a ``MetaMLP`` (AdafacLO, MuLO), ``"normalized_mlp"`` for
             a ``CELO2MLP``, ``"velo"`` for a ``VeLOMLP`` and a ``VeLORNN`` (their dicts in one).
         state_dict: tensors or NumPy arrays by PyLO's names. The decays of ``adafactor_mlp`` are in
-            no such file: they become those that PyLO's AdafacLO has by itself, unless the dict
-            holds ``momentum_decays``, ``rms_decays`` and ``adafactor_decays`` too.
+            no such file: each becomes what PyLO's AdafacLO has by itself, unless the dict holds it
+            (``momentum_decays``, ``rms_decays``, ``adafactor_decays``).
 
     Returns:
         ``opt_params`` in float32, as the rule's ``init`` structures them.
@@ -79,6 +80,11 @@ def from_pylo(rule_name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Reference:
         PyLO, https://github.com/Belilovsky-Lab/pylo.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"a state dict holds arrays by name, got a {type(state_dict).__name__}")
+    for name, x in state_dict.items():
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name} is a {type(x).__name__}, not a tensor or NumPy array")
     if rule_name not in _RULES:
         raise ValueError(
             f"PyLO has no weights for the rule {rule_name!r}: there are those of "
@@ -134,7 +140,10 @@ def _adafactor_mlp(arrays: Mapping[str, Any]) -> Found:
 
 
 def _normalized_mlp(arrays: Mapping[str, Any]) -> Found:
-    return Found("normalized_mlp", {}, from_celo2(arrays))
+    params = from_celo2(arrays)  # checks names and shapes
+    for name, x in arrays.items():
+        _weights("CELO2MLP", name, x)
+    return Found("normalized_mlp", {}, params)
 
 
 def _velo(arrays: Mapping[str, Any]) -> Found:
@@ -228,8 +237,16 @@ def _checked(
             raise ValueError(
                 f"the array {name} of {network} has shape {tuple(x.shape)}, expected {shape}"
             )
-        found[name] = torch.as_tensor(x).detach().to(torch.float32, copy=True)
+        found[name] = _weights(network, name, x)
     return found
+
+
+def _weights(network: str, name: str, value: Any) -> Tensor:
+    """A copy in float32 of an array of finite floating numbers."""
+    x = torch.as_tensor(value).detach()
+    if not x.is_floating_point():
+        raise ValueError(f"the array {name} of {network} is {x.dtype}: weights are floating")
+    return check_finite(x.to(torch.float32, copy=True), f"the array {name} of {network}")
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ def weight_files(source: Source | Sequence[Source]) -> list[Path]:
         FileNotFoundError: no such file or folder, or none with weights in it.
     """
     if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, Sequence) or not source:
+            raise TypeError(
+                "give a path, a name on the hub, or one or more of these in a tuple, got "
+                f"{source!r}"
+            )
         return [file for one in source for file in weight_files(one)]
     if _hub.is_name(source):
         folder = _hub.fetched(str(source))

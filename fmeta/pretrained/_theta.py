@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from fmeta.pretrained._finite import check_finite
+
 __all__ = ["Theta"]
 
 
@@ -76,7 +78,7 @@ class Theta:
                 f"the array {given} of {self.rule_name} has shape {tuple(x.shape)}, expected "
                 f"({wanted})"
             )
-        return x
+        return check_finite(x, f"the array {given} of {self.rule_name}")
 
     def check_all_taken(self) -> None:
         """Raises a ValueError that names an array which the rule does not have."""
@@ -111,4 +113,5 @@ def _tensor(value: Any) -> Tensor | None:
         return None
     if array.dtype.kind not in "fiu" and "float" not in array.dtype.name:  # bfloat16 is kind "V"
         return None
-    return torch.from_numpy(numpy.array(array, dtype=numpy.float32))
+    with numpy.errstate(over="ignore"):  # what became infinite is told by name
+        return torch.from_numpy(numpy.array(array, dtype=numpy.float32))

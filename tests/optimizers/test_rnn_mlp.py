@@ -248,7 +248,7 @@ def test_an_outer_loop_makes_it_better():
         ({"decays": (0.9, 1.0)}, ValueError, r"decays\[1\] must be not negative and below 1"),
         ({"step_multiplier": -1.0}, ValueError, "step_multiplier must be not negative"),
         ({"magnitude_rate": "a"}, TypeError, "magnitude_rate must be a number"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_errors(arguments, error, words):
