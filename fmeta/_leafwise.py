@@ -18,12 +18,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["consuming", "consuming_update", "is_leafwise", "leafwise"]
+__all__ = [
+    "applied_as_is",
+    "consuming",
+    "consuming_update",
+    "is_applied_as_is",
+    "is_leafwise",
+    "leafwise",
+    "refuse_scaling",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "treats_leaves_apart"
 _CONSUMING = "consumes_hidden"
+_AS_IS = "applied_as_is"
 
 
 def leafwise(update: F) -> F:
@@ -45,3 +54,24 @@ def consuming(update: Callable[..., Any], other: Callable[..., Any]) -> None:
 def consuming_update(optimizer: Any) -> Callable[..., Any]:
     """The form of ``update`` that consumes the hidden state, or ``update`` itself."""
     return getattr(optimizer.update, _CONSUMING, optimizer.update)
+
+
+def applied_as_is(update: Callable[..., Any], *inner: Any) -> None:
+    """Says that the deltas must not be scaled; with ``inner``, if those of one of these must not."""
+    if not inner or any(map(is_applied_as_is, inner)):
+        setattr(update, _AS_IS, True)
+
+
+def is_applied_as_is(optimizer: Any) -> bool:
+    """Whether this optimizer's deltas must be applied as they are."""
+    return getattr(optimizer.update, _AS_IS, False)
+
+
+def refuse_scaling(optimizer: Any, what: str) -> None:
+    """Raises a ValueError when ``what`` would change deltas that must be applied as they are."""
+    if is_applied_as_is(optimizer):
+        raise ValueError(
+            f"{what} changes the deltas of a rule whose state follows the parameters "
+            "(master_weights, lookahead, schedule_free_adamw): put it inside, as in "
+            "master_weights(scheduled(rule, schedule)), or give the rate to the rule itself"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from fmeta import trees
-from fmeta._leafwise import is_leafwise, leafwise
+from fmeta._leafwise import applied_as_is, is_leafwise, leafwise
 from fmeta.optimizer import Hidden, Optimizer
 
 __all__ = ["TRANSFORMS", "learn"]
@@ -128,6 +128,7 @@ def learn(
     ) -> tuple[Tree, Hidden]:
         return natural(opt_params, model_params).update({}, model_params, grads, hidden, **extra)
 
+    applied_as_is(update, base)
     if is_leafwise(base):
         leafwise(update)
 

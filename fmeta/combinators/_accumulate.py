@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import applied_as_is
 from fmeta.combinators._parts import check_entries, delta_dtype, start
 from fmeta.combinators._wrapped import choose, unwrapped, whole, wrapped
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
@@ -118,6 +119,7 @@ def accumulate(optimizer: Optimizer, every: Any) -> Optimizer:
         inner, _ = unwrapped(model_params, hidden, hidden.shared["inner"], _KEYS)
         return optimizer.eval_params(opt_params, model_params, inner)
 
+    applied_as_is(update, optimizer)
     return optimizer._replace(init_hidden=init_hidden, update=update, eval_params=eval_params)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leafwise import is_leafwise, leafwise
+from fmeta._leafwise import applied_as_is, is_leafwise, leafwise
 from fmeta._numbers import check_number
 from fmeta.combinators._parts import start as started
 from fmeta.combinators._wrapped import unwrapped, whole, wrapped
@@ -124,6 +124,7 @@ def averaged(
             [fold(s, x).to(x.dtype) if s else x for s, x in zip(states, flat, strict=True)],
         )
 
+    applied_as_is(update, optimizer)
     if is_leafwise(optimizer):
         leafwise(update)
     return optimizer._replace(init_hidden=init_hidden, update=update, eval_params=eval_params)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fmeta import random
+from fmeta._leafwise import applied_as_is
 from fmeta.combinators._parts import merged, part, start
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
 
@@ -66,4 +67,5 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         own = part(model_params, hidden, keys[-1])
         return optimizers[-1].eval_params(opt_params[-1], model_params, own)
 
+    applied_as_is(update, optimizers[-1])
     return Optimizer(init, init_hidden, update, needs, eval_params)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import applied_as_is
 from fmeta.combinators._parts import check_entries, start
 from fmeta.combinators._wrapped import choose, whole
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
@@ -120,4 +121,5 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: Any = None) ->
         own = Hidden(hidden.leaves, hidden.shared["inner"])
         return optimizer.eval_params(opt_params, model_params, own)
 
+    applied_as_is(update, optimizer)
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)

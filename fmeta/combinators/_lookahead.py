@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leafwise import is_leafwise, leafwise
+from fmeta._leafwise import applied_as_is, is_leafwise, leafwise
 from fmeta._numbers import check_number
 from fmeta.combinators._parts import start
 from fmeta.combinators._wrapped import unwrapped, whole, wrapped
@@ -108,10 +108,7 @@ def lookahead(optimizer: Optimizer, every: Any = 6, slow_rate: Any = 0.5) -> Opt
         slow = [s["slow"].to(p.dtype) if s else p for p, s in zip(flat, states, strict=True)]
         return optimizer.eval_params(opt_params, trees.unflatten(spec, slow), inner)
 
+    applied_as_is(update)
     if is_leafwise(optimizer):
         leafwise(update)
     return optimizer._replace(init_hidden=init_hidden, update=update, eval_params=eval_params)
-
-
-def _like(value: Any, tensor: Tensor) -> Any:
-    return value.to(tensor.device, tensor.dtype) if isinstance(value, Tensor) else value

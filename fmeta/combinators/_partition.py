@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import random, trees
+from fmeta._leafwise import applied_as_is
 from fmeta.combinators._parts import check_entries, only, start_some, states_of
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type, check_params
 
@@ -121,6 +122,7 @@ def partition(
             flat = [s if w == k else x for x, s, w in zip(flat, shown, where, strict=True)]
         return trees.unflatten(spec, flat)
 
+    applied_as_is(update, *optimizers.values())
     return Optimizer(init, init_hidden, update, needs, eval_params)
 
 
@@ -166,4 +168,5 @@ def masked(optimizer: Optimizer, mask: Tree | Callable[[str, Tensor], bool]) -> 
             spec, [s if w else x for x, s, w in zip(flat, shown, where, strict=True)]
         )
 
+    applied_as_is(update, optimizer)
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)

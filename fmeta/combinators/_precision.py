@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fmeta import trees
+from fmeta._leafwise import applied_as_is
 from fmeta.combinators._parts import start, states_of
 from fmeta.optimizer import (
     Hidden,
@@ -108,6 +109,7 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
             spec, [p if p is None else x.to(p.dtype) for p, x in zip(flat, shown, strict=True)]
         )
 
+    applied_as_is(update)
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)
 
 
@@ -158,6 +160,7 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
         return optimizer.eval_params(opt_params, model_params, widened(model_params, hidden))
 
+    applied_as_is(update, optimizer)
     return Optimizer(optimizer.init, init_hidden, update, optimizer.needs, eval_params)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import refuse_scaling
 from fmeta.combinators._parts import check_entries, delta_dtype, start
 from fmeta.optimizer import Hidden, Optimizer, as_needs, check_num_steps, check_optimizer_type
 
@@ -38,6 +39,7 @@ def scheduled(
         An `Optimizer` with the same ``opt_params``; the global t stands in ``hidden.shared``.
     """
     check_optimizer_type(optimizer, "optimizer")
+    refuse_scaling(optimizer, "scheduled")
     if not callable(schedule):
         raise TypeError(
             f"schedule must be a function of (t, num_steps), got {schedule!r}: for a constant "

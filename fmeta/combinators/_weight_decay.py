@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fmeta import trees
-from fmeta._leafwise import is_leafwise, leafwise
+from fmeta._leafwise import is_leafwise, leafwise, refuse_scaling
 from fmeta._leaves import per_leaf
 from fmeta._numbers import check_numbers
 from fmeta.optimizer import Optimizer, check_num_steps, check_optimizer_type
@@ -26,6 +26,7 @@ def with_weight_decay(optimizer: Optimizer, rate: Any) -> Optimizer:
         An `Optimizer` with the same ``opt_params`` and hidden state.
     """
     check_optimizer_type(optimizer, "optimizer")
+    refuse_scaling(optimizer, "with_weight_decay")
     check_numbers("rate", rate)
 
     def update(

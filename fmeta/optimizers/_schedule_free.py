@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import applied_as_is
 from fmeta._leaves import per_leaf
 from fmeta._lift import lift
 from fmeta.optimizer import Hidden, Optimizer
@@ -140,6 +141,7 @@ def schedule_free_adamw(
         },
         elementwise=True,
     )
+    applied_as_is(rule.update)
     return rule._replace(eval_params=eval_params)
 
 

@@ -96,8 +96,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._compile = False if compile is None else compile
         self._compiled: Any = None
         self._owned = False  # whether no two tensors of the state share memory
-        self._fresh = False  # whether nobody else was given the tensors of the state
-        self._clean_for: list[int] | None = None  # the update was checked for these parameters
+        self._fresh: set[int] = set()  # parameters whose state nobody else was given
+        self._torn = False  # whether a step failed that had begun to write over the state
+        self._clean_for: list[Any] | None = None  # the update was checked for these gradients
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # parameters, while evaluating
         self._weights: tuple[Any, Tree] | None = None
         defaults = {
@@ -127,13 +128,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _checks.check_group(self.param_groups[-1], self.param_groups)
+            if self._rule is not None:
+                self._find_slots()
         except Exception:
             self.param_groups.pop()
+            if self._rule is not None:
+                self._find_slots()
             raise
         names = [n for group in self.param_groups for n in group.get("param_names", ())]
         self._names = names or None
-        if self._rule is not None:
-            self._find_slots()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -148,6 +151,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         names = [n for group in self.param_groups for n in group.get("param_names", ())]
         self._names = names or None
         self._clean_for = None
+        self._fresh.clear()
         self._slots, self._shared_slots = slots_of(
             self._rule.optimizer, self._rule.opt_params, self._param_tree(), self._horizon()
         )
@@ -206,19 +210,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @kept_out
     def _before(self, loss: Any, extras: Any, traced: bool) -> Call | None:
-        return prepare(self, loss, extras, traced)
+        if self._torn:
+            raise RuntimeError(
+                "the last step failed when it had begun to write over the hidden state: load a "
+                "state_dict that was saved before it"
+            )
+        call = prepare(self, loss, extras, traced)
+        self._torn = call is not None and call.inputs.consumes
+        return call
 
     @kept_out
     def _after(self, call: Call, out: Outputs) -> None:
         common: dict[str, Any] = {}
+        self._torn = False
         if not call.inputs.in_place:
             keys, slots, states = self._keys(), self._slots, call.states
             for i in call.active:
                 states[i].update(slots[i].entries(out.leaves[keys[i]]))
             common = self._shared_slots.entries(out.shared)
             self._owned = False
-            self._fresh = True
-            self._clean_for = call.active if out.clean or not call.inputs.careful else None
+            self._fresh.update(call.active)
+            self._clean_for = call.layout if out.clean or not call.inputs.careful else None
         if out.skipped is not None:
             common = {**common, SKIPPED: out.skipped}
         _states.spread(self, common)
@@ -282,7 +294,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Those of a compiled or ``capturable`` optimizer do, for they write into the same memory.
         """
-        self._fresh = False
+        self._fresh.clear()
         found = super().state_dict()
         state = {k: dict(x) if isinstance(x, dict) else x for k, x in found["state"].items()}
         return {**found, "state": state}
@@ -307,8 +319,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_compiled", "_weights")
-        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        return {**state, **dict.fromkeys(dropped), "_fresh": False}
+        # A scheduler puts a step of its own here, which is bound to this very optimizer.
+        bound = ("step", "_opt_called")
+        state = {
+            k: v
+            for k, v in self.__dict__.items()
+            if not k.startswith("_optimizer_") and k not in bound
+        }
+        return {**state, **dict.fromkeys(dropped), "_fresh": set()}
 
     def __repr__(self) -> str:
         rule = self._rule

@@ -23,12 +23,14 @@ class Call(NamedTuple):
         inputs: what the update depends on.
         states: the dict of each parameter (None at those that stay as they are).
         active: positions of the parameters that are updated.
+        layout: these, with dtype and strides of their gradients.
         device: where they are.
     """
 
     inputs: Inputs
     states: list[Any]
     active: list[int]
+    layout: list[Any]
     device: torch.device
 
 
@@ -69,17 +71,25 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
     if sharded and "loss" in needs:
         loss = _sharded.mean_loss(loss, flat)
     only_start = (
-        not traced
-        and device.type != "meta"
+        device.type != "meta"
         and opt._stateful
         and asks_for_state(opt.state, opt.param_groups, [grads[i] for i in active])
     )
     if not only_start:
         _checks.check_given(needs, loss, extras)
+    climbing = {bool(group["maximize"]) for group, _ in runs}
+    if "loss" in needs and True in climbing:
+        if False in climbing:
+            raise ValueError(
+                "this rule reads the loss, which some groups maximize and others minimize: use two "
+                "optimizers"
+            )
+        loss = None if loss is None else -loss
     weights = opt._weights_on(device)
     states = _states.fetch(opt, flat, active, weights)
     if only_start:
         return None
+    _checks.check_unscaled(opt._rule.optimizer, [group for group, _ in runs])
     skips = opt._nonfinite == "skip"
     # On a CPU a look at a value is free; shards are updated after an exchange of values anyway.
     masked = skips and (traced or device.type != "cpu") and not sharded
@@ -108,6 +118,14 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         ]
         for i in active:
             params[i] = flat[i]
+        # With their state, as in the functional form; without one a leaf is no parameter.
+        shown = {i for i, p in enumerate(params) if p is not None} - {*active}
+        for i in shown:
+            own = opt.state.get(flat[i], {})
+            if slots[i].held_by(own):
+                leaves[i] = slots[i].read(own)
+            else:
+                params[i] = None
     for i in active:
         leaves[i] = slots[i].read(states[i])
     shared = opt._shared_slots.read(_states.holder_of(opt, opt._shared_slots) or {})
@@ -115,6 +133,8 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         GroupOptions([keys[i] for i in here], *numbers(group, traced), group["maximize"])
         for group, here in runs
     ]
+    # How gradients lie in memory may decide whether a rule returns one of them as its state.
+    layout = [(i, g.dtype, g.layout, _strides(g)) for i in active if (g := grads[i]) is not None]
     inputs = Inputs(
         weights,
         opt._tree(params),
@@ -126,15 +146,22 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         _states.skipped_steps(opt) if masked else None,
         sharded,
         in_place,
-        opt._fresh and not (traced or in_place or masked or sharded),
-        traced or active != opt._clean_for,
+        not (traced or in_place or masked or sharded) and opt._fresh.issuperset(active),
+        traced or layout != opt._clean_for,
     )
-    return Call(inputs, states, active, device)
+    return Call(inputs, states, active, layout, device)
+
+
+def _strides(x: Tensor) -> Any:
+    return x.stride() if x.layout is torch.strided else None
 
 
 def numbers(group: dict[str, Any], as_tensors: bool) -> tuple[Any, Any]:
     """Learning rate and decay of a group, as tensors where numbers would be compiled in."""
     lr, decay = group["lr"], group["weight_decay"]
+    for key, x in (("lr", lr), ("weight_decay", decay)):
+        if isinstance(x, bool) or not isinstance(x, (int, float, Tensor)):
+            raise TypeError(f"group[{key!r}] must be a number or a scalar tensor, got {x!r}")
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(())
     elif as_tensors:

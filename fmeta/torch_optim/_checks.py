@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmeta._leafwise import is_applied_as_is
+from fmeta.optimizer import Optimizer
 from fmeta.torch_optim import _sharded
 from fmeta.torch_optim._rule import Rule
 
@@ -99,7 +101,28 @@ def as_loss(loss: Any, device: torch.device) -> Tensor | None:
         return torch.tensor(float(loss), device=device)
     if loss.numel() != 1:
         raise ValueError(f"the loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
-    return loss.detach().reshape(()).to(device)
+    # A copy: the caller may use the same tensor for the next loss.
+    return loss.detach().reshape(()).to(device, copy=True)
+
+
+def check_unscaled(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises where options of a group would change deltas that must be applied as they are.
+
+    Tensors on other devices than the CPU are not looked at: that would wait for the device.
+    """
+    if not is_applied_as_is(optimizer):
+        return
+    for group in groups:
+        for key, plain in (("lr", 1), ("weight_decay", 0)):
+            x = group[key]
+            known = not isinstance(x, Tensor) or x.device.type == "cpu"
+            if known and float(x) != plain:
+                raise ValueError(
+                    f"group[{key!r}] is {float(x):g}, but the rule keeps parameters of its own "
+                    "beside the model's (master_weights, lookahead, schedule_free_adamw), which "
+                    f"it would not reach: leave {key} at {plain}, and put rate, schedule and decay "
+                    "inside, as in fmeta.master_weights(fmeta.scheduled(rule, schedule))"
+                )
 
 
 def check_given(

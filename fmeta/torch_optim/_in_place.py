@@ -91,7 +91,10 @@ def write(
 
 
 def _apart_from(tensors: Sequence[Any], x: Tensor) -> Tensor:
-    return x.clone() if any(x is o for o in tensors) else x
+    if torch.compiler.is_compiling():  # where memory is not to be seen; a kernel makes no copy
+        return x.clone()
+    mine = _memory(x)
+    return x.clone() if any(isinstance(o, Tensor) and _memory(o) == mine for o in tensors) else x
 
 
 def apart(

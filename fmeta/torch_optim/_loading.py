@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmeta.optimizers import BUILDERS
 from fmeta.torch_optim._slots import SKIPPED, slots_of
 
 __all__ = ["loaded_exactly"]
@@ -24,6 +25,7 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
     optimizer as it was.
     """
     placed: dict[Any, Any] = {}
+    own_names = [group.get("param_names") for group in opt.param_groups]
 
     def take(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = state_dict["param_groups"]
@@ -31,14 +33,19 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
         ids = [i for group in groups for i in group["params"]]
         params = opt._params()
         if len(ids) == len(params):  # else torch says what is wrong
+            params = _by_name(params, groups, opt.param_groups)
             placed.update(_placed(opt, dict(zip(ids, params, strict=True)), state_dict))
         return {**state_dict, "state": {}}
 
     def put(_: Any) -> None:
-        for group in opt.param_groups:
+        for group, names in zip(opt.param_groups, own_names, strict=True):
             group["rule"] = opt._rule.name
+            # Those of this model, by which a rule may tell parameters apart.
+            group.pop("param_names", None)
+            if names is not None:
+                group["param_names"] = names
         opt._find_slots()
-        opt._owned = opt._fresh = False
+        opt._owned = opt._torn = False
         opt.state.update(placed)
 
     hooks = (
@@ -52,10 +59,28 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
             hook.remove()
 
 
+def _by_name(
+    params: list[Tensor], saved: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[Tensor]:
+    """The parameters in the order of the saved ones: by name where both have the same names."""
+    theirs, ours = (
+        [n for g in groups for n in g.get("param_names") or ()] for groups in (saved, own)
+    )
+    if len(ours) != len(params) or sorted(theirs) != sorted(ours):
+        return params  # in order, as torch does
+    named = dict(zip(ours, params, strict=True))
+    return [named[name] for name in theirs]
+
+
 def _check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
-    """Raises a ValueError when the state belongs to other weights."""
+    """Raises a ValueError when the state belongs to another rule or to other weights."""
     for group in groups:
-        got = group.get("weights_hash")
+        got, name = group.get("weights_hash"), group.get("rule")
+        if name != opt._rule.name and {name, opt._rule.name} <= {*BUILDERS}:
+            raise ValueError(
+                f"this state is of the rule {name}, but the optimizer is {opt._rule.name}: load it "
+                f"into LearnedOptimizer(..., {name!r})"
+            )
         if got == opt._rule.digest:
             continue
         of = "no fmeta rule" if got is None else f"{group.get('rule')} with weights {got[:12]}"

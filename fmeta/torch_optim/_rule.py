@@ -28,12 +28,14 @@ class Rule(NamedTuple):
         opt_params: its weights, a copy.
         name: of its builder or file, ``"custom"`` for an optimizer that was given as such.
         digest: SHA-256 over paths, shapes, dtypes and bytes of the weights.
+        like: the parameter tree, without values, for builders that take it.
     """
 
     optimizer: Optimizer
     opt_params: Tree
     name: str
     digest: str
+    like: Tree = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
         return self  # nothing in it is ever changed
@@ -44,7 +46,7 @@ class Rule(NamedTuple):
                 "an optimizer made of functions cannot be pickled: save opt.state_dict(), or give "
                 "LearnedOptimizer the name of a rule or a file of weights"
             )
-        return _again, (self.name, self.opt_params)
+        return _again, (self.name, self.opt_params, self.like)
 
 
 def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
@@ -84,7 +86,13 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
     else:
         _check(name, own, opt_params)
     weights = trees.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, opt_params)
-    return Rule(optimizer, weights, name, digest(weights))
+    shapes = None
+    if name in optimizers.BUILDERS and _takes_params(optimizers.BUILDERS[name]):
+        shapes = trees.map(
+            lambda p: None if p is None else torch.empty(p.shape, dtype=p.dtype, device="meta"),
+            like(),
+        )
+    return Rule(optimizer, weights, name, digest(weights), shapes)
 
 
 def digest(tree: Tree) -> str:
@@ -104,12 +112,7 @@ def digest(tree: Tree) -> str:
 def _named(name: str, like: Callable[[], Tree]) -> tuple[Optimizer, Tree | None]:
     if name in optimizers.BUILDERS:
         builder: Callable[..., Optimizer] = optimizers.BUILDERS[name]
-        needed = [
-            p
-            for p in inspect.signature(builder).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        return builder(like()) if needed else builder(), None
+        return builder(like()) if _takes_params(builder) else builder(), None
     if os.sep in name or "/" in name or Path(name).suffix or Path(name).exists():
         return pretrained.load(name)
     try:
@@ -119,8 +122,14 @@ def _named(name: str, like: Callable[[], Tree]) -> tuple[Optimizer, Tree | None]
     raise AssertionError
 
 
-def _again(name: str, opt_params: Tree) -> Rule:
-    return find_rule(name, opt_params, lambda: opt_params)
+def _takes_params(builder: Callable[..., Optimizer]) -> bool:
+    parameters = inspect.signature(builder).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.default is p.empty and p.kind in kinds for p in parameters)
+
+
+def _again(name: str, opt_params: Tree, like: Tree) -> Rule:
+    return find_rule(name, opt_params, lambda: like)
 
 
 def _check(name: str, own: Tree, opt_params: Tree) -> None:

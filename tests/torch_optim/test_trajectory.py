@@ -23,8 +23,11 @@ RULES = {
     **{n: b() for n, b in optimizers.BUILDERS.items() if n not in OF_A_TREE and b().needs <= KNOWN},
     "clipped, scheduled, with master weights": fmeta.chain(
         fmeta.clip_by_global_norm(1.0),
-        fmeta.scheduled(fmeta.master_weights(optimizers.adam(0.01)), lambda t, n: 1 / (1 + t)),
+        fmeta.master_weights(fmeta.scheduled(optimizers.adam(0.01), lambda t, n: 1 / (1 + t))),
     ),
+    "averaged": fmeta.averaged(optimizers.adam(0.01), decay=0.9),
+    "lookahead": fmeta.lookahead(optimizers.adam(0.01), every=2),
+    "accumulated": fmeta.accumulate(optimizers.adam(0.01), every=2),
     "half-size state": fmeta.hidden_dtype(optimizers.adam(0.01)),
     "two rules": fmeta.partition(
         {"matrix": optimizers.muon(), "other": optimizers.adamw()},
