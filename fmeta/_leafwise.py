@@ -57,7 +57,7 @@ def consuming_update(optimizer: Any) -> Callable[..., Any]:
 
 
 def applied_as_is(update: Callable[..., Any], *inner: Any) -> None:
-    """Says that the deltas must not be scaled; with ``inner``, if those of one of these must not."""
+    """Says that the deltas must not be scaled: always, or if those of one of ``inner``."""
     if not inner or any(map(is_applied_as_is, inner)):
         setattr(update, _AS_IS, True)
 

@@ -115,10 +115,11 @@ def check_unscaled(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) ->
     for group in groups:
         for key, plain in (("lr", 1), ("weight_decay", 0)):
             x = group[key]
-            known = not isinstance(x, Tensor) or x.device.type == "cpu"
-            if known and float(x) != plain:
+            if isinstance(x, Tensor):
+                x = x.item() if type(x.detach()) is Tensor and x.device.type == "cpu" else plain
+            if x != plain:
                 raise ValueError(
-                    f"group[{key!r}] is {float(x):g}, but the rule keeps parameters of its own "
+                    f"group[{key!r}] is {x:g}, but the rule keeps parameters of its own "
                     "beside the model's (master_weights, lookahead, schedule_free_adamw), which "
                     f"it would not reach: leave {key} at {plain}, and put rate, schedule and decay "
                     "inside, as in fmeta.master_weights(fmeta.scheduled(rule, schedule))"

@@ -16,7 +16,7 @@ BIG = ["mlp", "adafactor_mlp", "normalized_mlp"]
 
 
 def big(rule, count=2):
-    params = [nn.Parameter(torch.randn(300, 200, generator=fold_in(3, i))) for i in range(count)]
+    params = [nn.Parameter(torch.randn(400, 300, generator=fold_in(3, i))) for i in range(count)]
     return params, LearnedOptimizer(params, rule)
 
 
@@ -111,7 +111,7 @@ def test_a_copy_trains_itself_though_there_is_a_scheduler(kit):
 
 TWO = fmeta.partition(
     {"slow": optimizers.sgd(0.001), "fast": optimizers.sgd(0.1)},
-    lambda path, p: "slow" if path.startswith("emb") else "fast",
+    lambda path, p: "slow" if "emb" in path else "fast",
 )
 
 
@@ -125,7 +125,7 @@ def moved(params, opt):
     for p in params.values():
         p.grad = torch.ones_like(p)
     opt.step()
-    return {n: round(float((p - before[n]).abs().max()), 6) for n, p in params.items()}
+    return {n: round((p.detach() - before[n]).abs().max().item(), 6) for n, p in params.items()}
 
 
 @pytest.mark.parametrize("saved", [("module.emb", "module.head"), ("head", "emb"), ("emb", "head")])
@@ -298,7 +298,7 @@ def test_a_rate_that_would_not_reach_a_rule_s_own_parameters_is_refused(name, op
     w = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     opt = LearnedOptimizer([w], KEEP[name], **options)
     w.grad = torch.ones_like(w)
-    with pytest.raises(ValueError, match="leave (lr at 1|weight_decay at 0)"):
+    with pytest.raises(ValueError, match=r"leave (lr at 1|weight_decay at 0)"):
         opt.step()
     for wrap in (
         lambda rule: fmeta.scheduled(rule, lambda t, n: 0.5),

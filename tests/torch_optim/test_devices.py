@@ -15,6 +15,8 @@ OF_A_TREE = {  # builders that take the parameter tree first
     for n, b in optimizers.BUILDERS.items()
     if any(p.default is p.empty for p in inspect.signature(b).parameters.values())
 }
+SCALED = {"lr": 0.5, "weight_decay": 0.1}
+OPTIONS = {"schedule_free_adamw": {}}  # refuses them
 RULES = [n for n, b in optimizers.BUILDERS.items() if n in OF_A_TREE or b().needs <= KNOWN]
 
 
@@ -28,14 +30,11 @@ def step_on_meta(model, opt):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_on_meta_has_the_state_of_a_step(rule, nonfinite, kit):
     model = kit.net()
-    real = LearnedOptimizer(
-        model.parameters(), rule, lr=0.5, weight_decay=0.1, num_steps=9, nonfinite=nonfinite
-    )
+    options = OPTIONS.get(rule, SCALED)
+    real = LearnedOptimizer(model.parameters(), rule, num_steps=9, nonfinite=nonfinite, **options)
     kit.train(model, real, 0, 2)
     shadow = kit.net().to("meta")
-    opt = LearnedOptimizer(
-        shadow.parameters(), rule, lr=0.5, weight_decay=0.1, num_steps=9, nonfinite=nonfinite
-    )
+    opt = LearnedOptimizer(shadow.parameters(), rule, num_steps=9, nonfinite=nonfinite, **options)
     for _ in range(2):
         step_on_meta(shadow, opt)
     assert opt.state.keys() == set(shadow.parameters()) or not real.state
@@ -69,8 +68,8 @@ def test_no_value_is_looked_at_and_no_device_mixed_on_fake_cuda(rule, nonfinite,
             torch.nn.Parameter(torch.ones(3, device="cuda", dtype=torch.bfloat16)),
         ]
         opt = LearnedOptimizer(
-            params, optimizer, lr=0.5, weight_decay=0.1, num_steps=5, nonfinite=nonfinite,
-            capturable=capturable,
+            params, optimizer, num_steps=5, nonfinite=nonfinite, capturable=capturable,
+            **OPTIONS.get(rule, SCALED),
         )  # fmt: skip
         for _ in range(2):
             for p in params:

@@ -29,6 +29,8 @@ RULES = {
     ),
 }
 
+UNSCALED = ("schedule_free_adamw", "lookahead", "combined")  # must be applied as they are
+
 
 def make(model, rule, **options):
     return LearnedOptimizer(model.parameters(), rule, num_steps=8, **options)
@@ -37,7 +39,7 @@ def make(model, rule, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_saved_and_loaded_in_the_middle(rule, dtype, kit):
-    options = {"lr": 0.5, "weight_decay": 0.1}
+    options = {} if rule in UNSCALED else {"lr": 0.5, "weight_decay": 0.1}
     whole = kit.net(dtype=dtype)
     kit.train(whole, make(whole, RULES[rule], **options), 0, 6)
 
