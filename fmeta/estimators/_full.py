@@ -33,7 +33,7 @@ from fmeta.tasks import (
 )
 from fmeta.tasks._family import device_of_tasks
 
-__all__ = ["full"]
+__all__ = ["full", "over_whole_trainings"]
 
 
 class FullState(NamedTuple):
@@ -92,6 +92,44 @@ def full(
             what the family's ``extras`` do not give; fewer tasks than families.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
     """
+    return over_whole_trainings(
+        grad_and_value,
+        optimizer,
+        family,
+        num_tasks=num_tasks,
+        horizon=horizon,
+        bind=bind,
+        meta_loss=meta_loss,
+        eval_split=eval_split,
+        chunk_size=chunk_size,
+        first_order=first_order,
+        checkpoint=checkpoint,
+        mixed_mode=mixed_mode,
+    )
+
+
+def over_whole_trainings(
+    differentiate: Callable[..., tuple[Any, tuple[Tensor, Any]]],
+    optimizer: Optimizer,
+    family: TaskFamily | Mixture,
+    *,
+    num_tasks: int,
+    horizon: int,
+    bind: Bind | None,
+    meta_loss: Callable[[Run], Tensor] | None,
+    eval_split: str | None,
+    chunk_size: int | None,
+    **options: Any,
+) -> Estimator:
+    """Mean over tasks of the gradient of a task's meta-loss, as ``differentiate`` takes it.
+
+    Args:
+        differentiate: ``differentiate(one, meta_params, *args) -> (grads, (value, aux))`` for
+            ``one(meta_params, *args) -> (scalar, aux)``, such as `grad_and_value`; used under
+            `vmap` over tasks.
+        optimizer, family, num_tasks, horizon, bind, meta_loss, eval_split, chunk_size: of `full`.
+        **options: of `fmeta.unroll`.
+    """
     check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
     bind, score = bind or bind_opt_params, meta_loss or _mean_loss
@@ -112,15 +150,13 @@ def full(
                 batches,
                 loss_args=(config,),
                 extras=extras,
-                first_order=first_order,
-                checkpoint=checkpoint,
-                mixed_mode=mixed_mode,
                 eval_batches=None if eval_split is None else eval_batches,
+                **options,
             )
             return score(run), (run.losses, run.eval_losses)
 
         of_tasks = torch.vmap(
-            lambda *args: grad_and_value(one, *args),
+            lambda *args: differentiate(one, *args),
             in_dims=(None, 0, 0, 0, 0),
             chunk_size=chunk_size,
         )
