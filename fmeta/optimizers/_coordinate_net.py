@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmeta.optimizers._features import sum_of_squares
+from fmeta.optimizers._initial import truncated_normal
 from fmeta.optimizers._tiles import Cuts, Scratch
 from fmeta.random import own
 
@@ -90,10 +91,8 @@ def draw_layers(sizes: Sequence[int], generator: torch.Generator | None) -> dict
     generator = own(generator)
     th = {}
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        std = inputs**-0.5
-        w = torch.empty(inputs, outputs, dtype=torch.float32)
-        torch.nn.init.trunc_normal_(w, 0.0, std, -2 * std, 2 * std, generator=generator)
-        th[f"w{i}"], th[f"b{i}"] = w, torch.zeros(outputs, dtype=torch.float32)
+        th[f"w{i}"] = truncated_normal((inputs, outputs), generator)
+        th[f"b{i}"] = torch.zeros(outputs, dtype=torch.float32)
     return th
 
 

@@ -11,12 +11,8 @@ from torch import Tensor
 from fmeta._treewise import treewise
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import check_number, ema
-from fmeta.optimizers._tensor_rnn import (
-    log_size,
-    lstm_step,
-    mean_and_variance,
-    truncated_normal,
-)
+from fmeta.optimizers._initial import truncated_normal
+from fmeta.optimizers._tensor_rnn import log_size, lstm_step, mean_and_variance
 from fmeta.random import own
 
 __all__ = ["nn_adam"]

@@ -17,7 +17,8 @@ from fmeta.optimizer import Hidden, Optimizer
 from fmeta.optimizers import _rnn_mlp_net, _rnn_mlp_tensor
 from fmeta.optimizers._common import check_number
 from fmeta.optimizers._features import stacked_ema
-from fmeta.optimizers._tensor_rnn import lstm_step, truncated_normal
+from fmeta.optimizers._initial import truncated_normal
+from fmeta.optimizers._tensor_rnn import lstm_step
 from fmeta.random import own
 
 __all__ = ["rnn_mlp"]

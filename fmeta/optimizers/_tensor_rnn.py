@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["LOG_RANGE", "log_size", "lstm_step", "mean_and_variance", "truncated_normal"]
+__all__ = ["LOG_RANGE", "log_size", "lstm_step", "mean_and_variance"]
 
 LOG_RANGE = 5.0  # logarithms of sizes are cut to +- this
 
@@ -45,10 +45,3 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_zeros(()), x.new_zeros(())
     mean = x.mean()
     return mean, (x - mean).square().mean()
-
-
-def truncated_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Weights ``(inputs, outputs)`` of variance about 1 / inputs, cut at two deviations."""
-    std = max(shape[0], 1) ** -0.5
-    x = torch.empty(shape, dtype=torch.float32)
-    return torch.nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers import _velo_features, _velo_net, _velo_tensor
 from fmeta.optimizers._common import check_number
 from fmeta.optimizers._features import is_unobserved
+from fmeta.optimizers._initial import truncated_normal
 from fmeta.optimizers._velo_features import MOMENTS, Decays, Net
 from fmeta.optimizers._velo_net import TILE
 from fmeta.random import own
@@ -148,13 +150,6 @@ class _Rule:
         generator = own(generator)
         h, banks, units, layers = self.sizes
 
-        def draw(*shape: int) -> Tensor:
-            """Variance 1 / inputs, cut at two standard deviations."""
-            std, x = shape[-2] ** -0.5, torch.empty(shape, dtype=torch.float32)
-            return torch.nn.init.trunc_normal_(
-                x, std=std, a=-2 * std, b=2 * std, generator=generator
-            )
-
         rnn = {}
         inputs = _velo_tensor.INPUTS
         shapes = {
@@ -165,11 +160,12 @@ class _Rule:
             "rate": (h, 1),
         }
         for name, shape in shapes.items():
-            rnn[f"{name}_w"], rnn[f"{name}_b"] = draw(*shape), torch.zeros(shape[1])
+            rnn[f"{name}_w"] = truncated_normal(shape, generator)
+            rnn[f"{name}_b"] = torch.zeros(shape[1])
         rnn |= {"h0": torch.zeros(h), "c0": torch.zeros(h)}
         mlp, widths = {}, [_velo_features.INPUTS, *[units] * layers, _OUTPUTS]
         for i, (before, after) in enumerate(itertools.pairwise(widths)):
-            mlp[f"w{i}"] = draw(banks, before, after)
+            mlp[f"w{i}"] = truncated_normal((banks, before, after), generator)
             # Small, not zero: no coordinate starts exactly at the kink of a ReLU.
             mlp[f"b{i}"] = 0.01 * torch.randn(banks, after, generator=generator)
         return {"rnn": rnn, "mlp": mlp}
@@ -275,4 +271,4 @@ def _decays(name: str, values: Sequence[float], count: int) -> tuple[float, ...]
     if len(found) != count or not all(0 <= x <= 1 for x in found):
         raise ValueError(f"{name} must be {count} numbers from 0 to 1, got {values!r}")
     # Both references hold them in float32, where 1 - .999 is 1.3e-5 off: weights learned with it.
-    return tuple(torch.tensor(found, dtype=torch.float32).tolist())
+    return tuple(float(np.float32(x)) for x in found)
