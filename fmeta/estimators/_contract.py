@@ -138,8 +138,10 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def check_horizon(horizon: int | Sequence[int]) -> None:
-    """The same for a horizon, or each of several."""
+def check_horizon(horizon: int | Sequence[int] | Callable[..., int]) -> None:
+    """The same for a horizon, or each of several; a schedule is not looked at."""
+    if callable(horizon):
+        return
     several = (horizon,) if isinstance(horizon, int) else tuple(horizon)
     if not several:
         raise ValueError("horizon is empty: give a number of inner steps, or several")

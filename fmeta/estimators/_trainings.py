@@ -17,6 +17,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.estimators._advance import Advance
 from fmeta.estimators._contract import Bind, bound_pair
+from fmeta.estimators._horizons import Horizon, as_horizon
 from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
 from fmeta.tasks import TaskFamily, sample_batches, sample_task, stack_tasks
@@ -112,25 +113,27 @@ class Draws:
     Args:
         family: where the tasks come from.
         num_tasks: how many run side by side.
-        horizon: steps of a training: a number, or a choice of numbers of which each training gets
-            one.
+        horizon: steps of a training: a number, a choice of numbers of which each training gets
+            one, or a schedule (`fmeta.estimators.log_uniform`).
         truncation: steps K of an estimate.
         eval_split: the split of evaluation batches; None: none.
         stagger: whether the first trainings end early, each by a multiple of K of its own, so that
             later ones are not all at the same step.
+        together: neighbouring tasks to which one horizon, and one early end, is given.
     """
 
     def __init__(
         self,
         family: TaskFamily,
         num_tasks: int,
-        horizon: int | Sequence[int],
+        horizon: int | Sequence[int] | Horizon,
         truncation: int,
         eval_split: str | None,
         stagger: bool,
+        together: int = 1,
     ) -> None:
         self.family, self.num_tasks, self.truncation = family, num_tasks, truncation
-        self.horizons = (horizon,) if isinstance(horizon, int) else tuple(horizon)
+        self.horizon, self.together = as_horizon(horizon), together
         self.eval_split, self.stagger = eval_split, stagger
 
     def plan(self, seed: int, step: int, now: Trainings, device: torch.device | None) -> Plan:
@@ -200,18 +203,20 @@ class Draws:
             t, k = t + length, k + length
 
     def _horizon(self, drawn: Drawn) -> int:
-        if len(self.horizons) == 1:
-            return self.horizons[0]
-        pick = torch.randint(len(self.horizons), (), generator=fold_in(*drawn, _HORIZON))
-        return self.horizons[int(pick)]
+        return self.horizon(fold_in(*self._shared(drawn), _HORIZON), drawn[1])
 
     def _first_t(self, drawn: Drawn, horizon: int) -> int:
         """Where a training is taken to be when it begins: the later, the sooner it ends."""
         if not self.stagger or drawn[1] > 0 or drawn[3] > 1:
             return 0
         pieces = max(1, horizon // self.truncation)
-        pick = torch.randint(pieces, (), generator=fold_in(*drawn, _STAGGER))
+        pick = torch.randint(pieces, (), generator=fold_in(*self._shared(drawn), _STAGGER))
         return int(pick) * self.truncation
+
+    def _shared(self, drawn: Drawn) -> Drawn:
+        """The integers of the first of those that are given the same."""
+        seed, step, i, start = drawn
+        return seed, step, i - i % self.together, start
 
 
 class Stepper:

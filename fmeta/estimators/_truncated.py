@@ -24,6 +24,7 @@ from fmeta.estimators._contract import (
     last_loss,
     scored,
 )
+from fmeta.estimators._horizons import Horizon
 from fmeta.estimators._mixture import over_families
 from fmeta.estimators._trainings import (
     Draws,
@@ -70,7 +71,7 @@ def truncated(
     family: TaskFamily | Mixture,
     *,
     num_tasks: int,
-    horizon: int | Sequence[int],
+    horizon: int | Sequence[int] | Horizon,
     truncation: int,
     bind: Bind | None = None,
     meta_loss: MetaLoss | None = None,
@@ -94,7 +95,8 @@ def truncated(
         family: where the tasks come from; of a `fmeta.tasks.mixture` each family gets its share
             of the tasks.
         num_tasks: trainings side by side.
-        horizon: inner steps of a training, or several numbers of which each training gets one.
+        horizon: inner steps of a training, several numbers of which each training gets one, or a
+            schedule (`fmeta.estimators.log_uniform`, ``growing``).
         truncation: inner steps K of an estimate.
         bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; says what is
             learned. Default: ``meta_params`` are the optimizer's parameters; ``None`` means that
