@@ -15,7 +15,7 @@ from fmeta.optimizers._velo_features import factored_axes
 from fmeta.optimizers._velo_tensor import inputs, start_losses, summary, training
 from fmeta.random import fold_in
 
-SMALL = {"lstm_hidden_size": 6, "param_inits": 5, "step_mult": 0.1, "exp_mult": 0.1}
+SMALL = {"lstm_hidden_size": 6, "param_inits": 50, "step_mult": 0.1, "exp_mult": 0.1}
 TREE = {"w": (3, 4), "conv": (2, 3, 3, 3), "b": (3,), "s": (), "none": (0, 3), "empty": (0,)}
 
 
