@@ -152,7 +152,7 @@ def test_a_tensor_without_gradient_keeps_its_numbers():
 
 def test_an_outer_loop_finds_a_larger_rate():
     rule = nn_adam(output_scale=0.05, initial_learning_rate=1e-3)
-    outer, th = optimizers.adam(0.05), rule.init()
+    outer, th = optimizers.adam(0.003), rule.init()
     state, target = outer.init_hidden({}, th), torch.linspace(-1, 1, 5)
     loss = lambda p, b: (p["w"] - target).square().mean()
 
