@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.distributed import Ranks, Share, sum_tree
 from fmeta.estimators._contract import Estimate
 
-__all__ = ["first_bad_step", "mean_over_tasks", "squared_norm"]
+__all__ = ["first_bad_step", "gathered_tasks", "mean_over_tasks", "squared_norm"]
 
 Tree = Any
 
@@ -29,7 +31,13 @@ def first_bad_step(*losses: Tensor | None) -> Tensor:
 
 
 def mean_over_tasks(
-    values: Tensor, parts: Tree, diverged_at: Tensor, metrics: dict[str, Tensor], *, group: int = 1
+    values: Tensor,
+    parts: Tree,
+    diverged_at: Tensor,
+    metrics: dict[str, Tensor],
+    *,
+    group: int = 1,
+    share: Share | None = None,
 ) -> Estimate:
     """Mean over the tasks that did not diverge, and how sure it is.
 
@@ -38,25 +46,38 @@ def mean_over_tasks(
         parts: their gradients, a tree with leading dimension of tasks.
         diverged_at: the inner steps of the trainings at which they did, ``(tasks,)``, -1 for none.
             A task also counts as diverged when its meta-loss or its gradient is not finite.
-        metrics: further ones.
+        metrics: further ones, of tasks in the first dimension; of ``losses`` it is the last but
+            one.
         group: this many neighbours are no independent draws of the gradient, and enter its
             standard error together.
+        share: which of the tasks these are; the estimate is over those of all ranks. The ranks
+            exchange the sum of their gradients, and some numbers for each task.
 
     Returns:
         An `Estimate`; NaN when all diverged.
     """
-    finite = [x.reshape(len(x), -1).isfinite().all(1) for x in trees.leaves((values, parts))]
+    share = share or Share(Ranks.alone(), len(values), each=group)
+    own = len(share.own)
+    values, parts, diverged_at = trees.map(lambda x: x[:own], (values, parts, diverged_at))
+    finite = [_rows(x).isfinite().all(1) for x in trees.leaves((values, parts))]
     kept = torch.stack([diverged_at < 0, *finite]).all(0)
-    count = kept.sum()
 
     def of_kept(x: Tensor) -> Tensor:
         # Not times 0: what diverged may be NaN.
         return torch.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
 
-    loss, grads = trees.map(lambda x: of_kept(x).sum(0) / count, (values, parts))
-    apart = trees.map(lambda x, m: of_kept(x - m).unflatten(0, (-1, group)).sum(1), parts, grads)
+    sums = trees.map(lambda x: of_kept(x).sum(0, dtype=trees.compute_dtype(x)), parts)
+    # The number goes with the sums, in one exchange.
+    sums, count = sum_tree((sums, kept.sum().to(trees.leaves(sums)[0])), share.ranks)
+    grads = trees.map(lambda s, x: (s / count).to(x.dtype), sums, parts)
+    split = (own // group, group)
+    apart = trees.map(lambda x, m: of_kept(x - m).unflatten(0, split).sum(1), parts, grads)
+    squares = sum(_rows(x.double()).square().sum(1) for x in trees.leaves(apart))
+    mine = (values, kept, diverged_at, squares.repeat_interleave(group))
+    (values, kept, diverged_at, squares), metrics = gathered_tasks(share, mine, metrics)
+    loss = torch.where(kept, values, 0.0).sum() / kept.sum()
     groups = kept.unflatten(0, (-1, group)).any(1).sum()
-    error = (squared_norm(apart) * groups / (groups - 1)).sqrt() / count
+    error = (squares[::group].sum() * groups / (groups - 1)).sqrt() / kept.sum()
     return Estimate(
         loss,
         grads,
@@ -70,6 +91,32 @@ def mean_over_tasks(
     )
 
 
+def gathered_tasks(
+    share: Share, rows: Tree, metrics: dict[str, Tensor]
+) -> tuple[Tree, dict[str, Tensor]]:
+    """What all ranks know of their tasks, by one exchange.
+
+    Args:
+        share: of this rank.
+        rows: of its tasks, ``(tasks, ...)``.
+        metrics: the same; of ``losses`` tasks are the last dimension but one.
+
+    Returns:
+        ``(rows, metrics)`` of all tasks.
+    """
+    if share.ranks.size == 1:
+        return rows, metrics
+    dims = {name: x.ndim - 2 if name == "losses" else 0 for name, x in metrics.items()}
+    rows, metrics = share.gather(
+        (rows, {name: x.movedim(dims[name], 0) for name, x in metrics.items()})
+    )
+    return rows, {name: x.movedim(0, dims[name]) for name, x in metrics.items()}
+
+
 def squared_norm(tree: Tree) -> Tensor:
     """Sum of the squares of all elements, a scalar in float64."""
     return torch.stack([x.double().square().sum() for x in trees.leaves(tree)]).sum()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))

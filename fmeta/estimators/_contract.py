@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.distributed import Ranks
 
 __all__ = [
     "Bind",
@@ -59,16 +60,28 @@ class Estimate(NamedTuple):
     metrics: dict[str, Any]
 
 
+def _same(state: Any) -> Any:
+    return state
+
+
 class Estimator(NamedTuple):
     """Estimates the meta-gradient.
 
     Attributes:
         init: ``init(meta_params, seed) -> state``, of integers and tensors only.
         estimate: ``estimate(meta_params, state) -> (Estimate, state)``.
+        ranks: who makes an estimate together; default this process alone. The estimate is the same
+            on all ranks, each has its own part of the state.
+        gather: ``gather(state) -> state`` as it would be in one process; the result counts on rank
+            0 only.
+        scatter: ``scatter(state) -> state``, this rank's part of what `gather` gave.
     """
 
     init: Callable[[Any, int], Any]
     estimate: Callable[[Any, Any], tuple[Estimate, Any]]
+    ranks: Ranks = Ranks.alone()
+    gather: Callable[[Any], Any] = _same
+    scatter: Callable[[Any], Any] = _same
 
 
 def bind_opt_params(meta_params: Any, config: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta._autodiff import grad_and_value
 from fmeta._unroll import Run, unroll
+from fmeta.distributed import Ranks, Share
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -61,6 +62,7 @@ def full(
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
     chunk_size: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Meta-gradient through the whole unroll, averaged over freshly drawn tasks by `vmap`.
 
@@ -81,6 +83,7 @@ def full(
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
         chunk_size: tasks that are worked on together, as in `torch.vmap`; None: all. Values are
             the same up to rounding; less memory, and convolutions are often faster by 8.
+        ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone.
 
     Returns:
         An `Estimator`. Task i of estimate k is a function of ``(seed, k, i)``. Metrics are those
@@ -102,6 +105,7 @@ def full(
         meta_loss=meta_loss,
         eval_split=eval_split,
         chunk_size=chunk_size,
+        ranks=ranks,
         first_order=first_order,
         checkpoint=checkpoint,
         mixed_mode=mixed_mode,
@@ -119,6 +123,7 @@ def over_whole_trainings(
     meta_loss: Callable[[Run], Tensor] | None,
     eval_split: str | None,
     chunk_size: int | None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Estimator:
     """Mean over tasks of the gradient of a task's meta-loss, as ``differentiate`` takes it.
@@ -127,14 +132,15 @@ def over_whole_trainings(
         differentiate: ``differentiate(one, meta_params, *args) -> (grads, (value, aux))`` for
             ``one(meta_params, *args) -> (scalar, aux)``, such as `grad_and_value`; used under
             `vmap` over tasks.
-        optimizer, family, num_tasks, horizon, bind, meta_loss, eval_split, chunk_size: of `full`.
+        optimizer, family, num_tasks, horizon, bind, meta_loss, eval_split, chunk_size, ranks: of
+            `full`.
         **options: of `fmeta.unroll`.
     """
     check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
     bind, score = bind or bind_opt_params, meta_loss or _mean_loss
 
-    def build(family: TaskFamily, num_tasks: int) -> Estimator:
+    def build(family: TaskFamily, share: Share) -> Estimator:
         loss_fn = loss_of_task(family)
         extras = extras_of_task(family, optimizer)
 
@@ -167,7 +173,7 @@ def over_whole_trainings(
 
         def estimate(meta_params: Any, state: FullState) -> tuple[Estimate, FullState]:
             check_meta_params(meta_params)
-            drawn = [(state.seed, state.step, i) for i in range(num_tasks)]
+            drawn = [(state.seed, state.step, i) for i in share.worked_on]
             device = device_of_tasks(family, meta_params)
             tasks = [sample_task(family, horizon, *ints) for ints in drawn]
             stacked = stack_tasks(tasks, device)
@@ -182,12 +188,12 @@ def over_whole_trainings(
                 parts, (values, (losses, evals)) = of_tasks(meta_params, *stacked, shown)
                 bad_step = first_bad_step(_by_step(losses), _by_step(evals))
                 metrics = {"losses": losses, "drawn": torch.tensor(drawn, device=device)}
-                estimate = mean_over_tasks(values, parts, bad_step, metrics)
+                estimate = mean_over_tasks(values, parts, bad_step, metrics, share=share)
             return estimate, state._replace(step=state.step + 1)
 
-        return Estimator(init, estimate)
+        return Estimator(init, estimate, share.ranks)
 
-    return over_families(build, family, num_tasks)
+    return over_families(build, family, num_tasks, ranks or Ranks.alone())
 
 
 def _mean_loss(run: Run) -> Tensor:

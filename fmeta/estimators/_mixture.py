@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.distributed import Ranks, Share, dealt
 from fmeta.estimators._averages import squared_norm
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.random import fold_in
@@ -38,29 +39,33 @@ def shares(total: int, weights: tuple[float, ...]) -> list[int]:
 
 
 def over_families(
-    build: Callable[[TaskFamily, int], Estimator],
+    build: Callable[[TaskFamily, Any], Estimator],
     family: TaskFamily | Mixture,
     total: int,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """The estimator of a family, or the mean of those of a mixture's families.
 
     Args:
-        build: ``build(family, number) -> Estimator``.
+        build: ``build(family, number) -> Estimator``; with ``ranks`` ``build(family, share)``, a
+            `Share` of that number.
         family: one, or a mixture.
         total: the number (of tasks, or of particles) to be shared.
+        ranks: who makes an estimate together; None: an estimator that one process makes.
 
     Returns:
         An `Estimator`; for a mixture its state is a tuple, a family's part has a seed of its own,
         and metrics have the families' tasks one after the other, told apart by ``"family"``.
     """
     if isinstance(family, TaskFamily):
-        return build(family, total)
+        return build(family, total if ranks is None else Share(ranks, total))
     if not isinstance(family, Mixture):
         raise TypeError(
             f"family must be a TaskFamily or a mixture of them, got {type(family).__name__}"
         )
     numbers = shares(total, family.weights)
-    parts = [build(f, n) for f, n in zip(family.families, numbers, strict=True)]
+    given = numbers if ranks is None else dealt(ranks, numbers)
+    parts = [build(f, n) for f, n in zip(family.families, given, strict=True)]
 
     def init(meta_params: Any, seed: int) -> tuple[Any, ...]:
         seeds = [fold_in(int(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
@@ -70,7 +75,13 @@ def over_families(
         pairs = [p.estimate(meta_params, s) for p, s in zip(parts, state, strict=True)]
         return _mean([e for e, _ in pairs]), tuple(s for _, s in pairs)
 
-    return Estimator(init, estimate)
+    def gather(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(p.gather(s) for p, s in zip(parts, state, strict=True))
+
+    def scatter(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(p.scatter(s) for p, s in zip(parts, state, strict=True))
+
+    return Estimator(init, estimate, ranks or Ranks.alone(), gather, scatter)
 
 
 def _mean(estimates: list[Estimate]) -> Estimate:

@@ -8,13 +8,14 @@ Everything that is random, and which training ends when, is settled on the CPU b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.distributed import Share
 from fmeta.estimators._advance import Advance
 from fmeta.estimators._contract import Bind, bound_pair
 from fmeta.estimators._horizons import Horizon, as_horizon
@@ -29,8 +30,10 @@ __all__ = [
     "Stepper",
     "Trainings",
     "drawn_at",
+    "gathered",
     "idle",
     "inner_step_at",
+    "scattered",
     "trainings_of",
     "without_diverged",
 ]
@@ -120,6 +123,7 @@ class Draws:
         stagger: whether the first trainings end early, each by a multiple of K of its own, so that
             later ones are not all at the same step.
         together: neighbouring tasks to which one horizon, and one early end, is given.
+        first_task: index of the first of them, where other processes have those before it.
     """
 
     def __init__(
@@ -131,10 +135,12 @@ class Draws:
         eval_split: str | None,
         stagger: bool,
         together: int = 1,
+        first_task: int = 0,
     ) -> None:
         self.family, self.num_tasks, self.truncation = family, num_tasks, truncation
         self.horizon, self.together = as_horizon(horizon), together
         self.eval_split, self.stagger = eval_split, stagger
+        self.indices = range(first_task, first_task + num_tasks)
 
     def plan(self, seed: int, step: int, now: Trainings, device: torch.device | None) -> Plan:
         """What happens in estimate ``step``, whose trainings begin as ``now``."""
@@ -144,7 +150,9 @@ class Draws:
         batches, evals, ticks, names = [], [], [], []
         for i, (t, horizon, drawn) in enumerate(clock):
             config = trees.map(lambda x, i=i: x[i], configs)
-            pieces = list(self._pieces((seed, step, i), t, horizon, tuple(drawn), config))
+            pieces = list(
+                self._pieces((seed, step, self.indices[i]), t, horizon, tuple(drawn), config)
+            )
             k, times, named = 0, [], []
             for piece in pieces:
                 if piece.is_new:
@@ -172,7 +180,7 @@ class Draws:
         """The trainings that the first estimate begins."""
         tasks = []
         for i in range(self.num_tasks):
-            drawn = (seed, 0, i, 1)
+            drawn = (seed, 0, self.indices[i], 1)
             task = sample_task(self.family, 1, *drawn)
             piece = Piece(True, 0, 1, self._horizon(drawn), drawn, *task, ())
             tasks.append((i, piece))
@@ -252,7 +260,11 @@ class Stepper:
         return params, hidden
 
     def run(
-        self, meta_params: Tree, now: Trainings, plan: Plan
+        self,
+        meta_params: Tree,
+        now: Trainings,
+        plan: Plan,
+        later: Mapping[int, Callable[[], Tree]] | None = None,
     ) -> tuple[Trainings, Tensor, Tensor | None]:
         """One truncation.
 
@@ -260,6 +272,8 @@ class Stepper:
             meta_params: ``(tasks, copies, ...)``.
             now: the trainings at its beginning.
             plan: of `Draws.plan`.
+            later: what gives the ``meta_params`` of step k and those after it, by k; None: the
+                same throughout.
 
         Returns:
             ``(trainings, losses, eval_losses)``, losses ``(K, tasks, copies)``.
@@ -270,8 +284,10 @@ class Stepper:
         params, hidden, config = now[:3]
         losses, evals = [], []
         starts = {start.k: start for start in plan.starts}
-        edges = sorted({0, steps, *starts})
+        edges = sorted({0, steps, *starts, *(later or ())})
         for k, end in itertools.pairwise(edges):
+            if later and k in later:
+                meta_params = later[k]()
             if k in starts:
                 params, hidden, config = self._begun(
                     meta_params, (params, hidden, config), starts[k]
@@ -318,7 +334,7 @@ def idle(draws: Draws, stepper: Stepper, meta_params: Tree, seed: int, copies: i
     start = draws.first(seed, device_of_tasks(draws.family, meta_params))
     spread = trees.map(lambda x: x.expand(draws.num_tasks, copies, *x.shape), meta_params)
     params, hidden = stepper.begin(spread, start)
-    drawn = [(seed, 0, i, 1) for i in range(draws.num_tasks)]
+    drawn = [(seed, 0, i, 1) for i in draws.indices]
     horizon = start.horizon
     return Trainings(
         params, hidden, start.config, horizon, horizon, torch.tensor(drawn, device=horizon.device)
@@ -340,6 +356,17 @@ def inner_step_at(plan: Plan, bad_step: Tensor) -> Tensor:
 def trainings_of(state: Any) -> Trainings:
     """The trainings in an estimator's state, which has fields of the same names."""
     return Trainings(*(getattr(state, name) for name in Trainings._fields))
+
+
+def gathered(share: Share, state: Any) -> Any:
+    """An estimator's state with the trainings of all ranks; on rank 0, nothing on the others."""
+    found = share.gather(trainings_of(state), to_first=True)
+    return state if found is None else state._replace(**found._asdict())
+
+
+def scattered(share: Share, state: Any) -> Any:
+    """This rank's part of what `gathered` gave."""
+    return state._replace(**share.part(trainings_of(state))._asdict())
 
 
 def without_diverged(trainings: Trainings, diverged: Tensor) -> Trainings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
+from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_unroll
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
@@ -32,8 +34,10 @@ from fmeta.estimators._trainings import (
     Stepper,
     Trainings,
     drawn_at,
+    gathered,
     idle,
     inner_step_at,
+    scattered,
     trainings_of,
     without_diverged,
 )
@@ -81,6 +85,7 @@ def truncated(
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
     chunk_size: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Meta-gradient through a truncation of K steps of trainings that go on between estimates.
 
@@ -112,6 +117,7 @@ def truncated(
             late steps of untrained models in the first estimates. False: all begin at 0.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
         chunk_size: tasks whose steps are made together, as in `torch.vmap`; None: all.
+        ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone.
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
@@ -132,7 +138,7 @@ def truncated(
     check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
     check_horizon(horizon)
 
-    def build(family: TaskFamily, num_tasks: int) -> Estimator:
+    def build(family: TaskFamily, share: Share) -> Estimator:
         advance = by_unroll(
             optimizer,
             family,
@@ -143,13 +149,16 @@ def truncated(
             mixed_mode=mixed_mode,
         )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
-        draws = Draws(family, num_tasks, horizon, truncation, eval_split, stagger)
-        return _of_family(draws, stepper, meta_loss or last_loss)
+        mine = share.worked_on
+        draws = Draws(
+            family, len(mine), horizon, truncation, eval_split, stagger, first_task=mine.start
+        )
+        return _of_family(draws, stepper, meta_loss or last_loss, share)
 
-    return over_families(build, family, num_tasks)
+    return over_families(build, family, num_tasks, ranks or Ranks.alone())
 
 
-def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
+def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss, share: Share) -> Estimator:
     family = draws.family
 
     def total(meta_params: Tree, now: Trainings, plan: Plan) -> tuple[Tensor, Any]:
@@ -174,8 +183,14 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss) -> Estimator:
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
             parts = trees.map(lambda x: x.squeeze(1), parts)
             at = inner_step_at(plan, bad_step)
-            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics)
-            after = without_diverged(after, estimate.metrics["diverged"])
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics, share=share)
+            after = without_diverged(after, share.part(estimate.metrics["diverged"]))
         return estimate, TruncatedState(*after, state.step + 1, state.seed)
 
-    return Estimator(init, estimate)
+    return Estimator(
+        init,
+        estimate,
+        share.ranks,
+        functools.partial(gathered, share),
+        functools.partial(scattered, share),
+    )
