@@ -8,7 +8,8 @@ import torch
 
 import fmeta
 from fmeta import estimators
-from fmeta.estimators._pes import pes_gradient
+from fmeta.estimators._noise import Noise
+from fmeta.estimators._perturbations import Perturbations, weighted_sums
 from fmeta.tasks import TaskFamily
 
 DATA = {
@@ -97,10 +98,15 @@ def test_a_training_that_is_over_begins_anew_without_what_it_has_seen():
 
 def test_resets_within_a_truncation():
     arrays = [DATA[f"greset_{n}"] for n in ("loss_pos", "loss_neg", "is_done", "mask")]
-    pos, neg, done, mask = arrays
+    pos, neg, done, mask = (x.T for x in arrays)
     eps, accumulator = DATA["greset_eps"], DATA["greset_accumulator"]
-    losses = torch.stack([pos, neg], -1)
-    # Their loss at the step that ends a training counts as new, ours begins the new one.
-    parts, new = torch.vmap(pes_gradient)(losses, done, accumulator, eps, mask)
-    close(parts.mean(0) / (2 * SIGMA**2), DATA["greset_grad"])
-    close(new, DATA["greset_new_accumulator"])
+    # Their loss at the step that ends a training counts as new, ours begins the new one. Rows of
+    # the table: the trainings that go on, then those that begin.
+    over = done.bool().cumsum(0) > 0
+    row = torch.arange(PAIRS) + PAIRS * over
+    xi = torch.cat([accumulator + eps, eps])
+    found = Perturbations(row, torch.arange(PAIRS).repeat(2), [], torch.cat([eps, eps]), xi)
+    relative = (pos - neg) / 2 * mask / mask.sum(0) * len(mask)
+    parts = weighted_sums(relative, found, DATA["theta0"], Noise(SIGMA))
+    close(parts.mean(0), DATA["greset_grad"])
+    close(xi[row[-1]], DATA["greset_new_accumulator"])

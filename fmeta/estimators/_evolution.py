@@ -1,0 +1,190 @@
+"""What evolution strategies over pieces of long trainings have in common: all but the scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta.estimators._advance import by_steps
+from fmeta.estimators._averages import first_bad_step, mean_over_tasks
+from fmeta.estimators._contract import (
+    Bind,
+    Estimate,
+    Estimator,
+    MetaLoss,
+    bind_opt_params,
+    check_meta_params,
+    check_sizes,
+    last_loss,
+    scored,
+)
+from fmeta.estimators._horizons import Horizon
+from fmeta.estimators._mixture import over_families
+from fmeta.estimators._noise import Noise, Perturb, Std
+from fmeta.estimators._perturbations import (
+    Scheme,
+    perturbations,
+    relative_losses,
+    weighted_sums,
+)
+from fmeta.estimators._trainings import (
+    Draws,
+    Stepper,
+    drawn_at,
+    idle,
+    inner_step_at,
+    trainings_of,
+    without_diverged,
+)
+from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.tasks import Mixture, TaskFamily
+from fmeta.tasks._family import device_of_tasks
+
+__all__ = ["EvolutionState", "evolution"]
+
+Tree = Any
+
+
+class EvolutionState(NamedTuple):
+    """Trainings in progress, each by perturbed copies of the meta-parameters.
+
+    Attributes:
+        params, hidden: ``(tasks, copies, ...)``, the copies (+, -), or + alone.
+        config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
+        xi: sum of the perturbations that each training has seen, like ``meta_params`` with a
+            leading dimension of tasks; ``()`` for a scheme that does not sum them.
+        step: estimates made.
+        seed: of the run.
+    """
+
+    params: Any
+    hidden: Any
+    config: Any
+    t: Tensor
+    horizon: Tensor
+    drawn: Tensor
+    xi: Any
+    step: int
+    seed: int
+
+
+def evolution(
+    scheme: Scheme,
+    optimizer: Optimizer,
+    family: TaskFamily | Mixture,
+    *,
+    num_tasks: int,
+    horizon: int | Sequence[int] | Horizon,
+    truncation: int,
+    std: Std,
+    num_particles: int | None,
+    antithetic: bool,
+    bind: Bind | None,
+    meta_loss: MetaLoss | None,
+    eval_split: str | None,
+    stagger: bool,
+    perturb: Perturb | None,
+    chunk_size: int | None,
+    trace: bool,
+    compile: bool,
+) -> Estimator:
+    """The estimator of a scheme; the arguments are those of `fmeta.estimators.pes`."""
+    check_optimizer_type(optimizer, "optimizer")
+    particles = num_tasks if num_particles is None else num_particles
+    check_sizes(
+        num_tasks=num_tasks,
+        truncation=truncation,
+        num_particles=particles,
+        chunk_size=chunk_size,
+    )
+    if num_tasks % particles:
+        raise ValueError(
+            f"num_tasks must be a multiple of num_particles, got {num_tasks} and {particles}"
+        )
+    noise = Noise(std, perturb)
+    each = num_tasks // particles
+
+    def build(family: TaskFamily, particles: int) -> Estimator:
+        advance = by_steps(
+            optimizer,
+            family,
+            evaluate=eval_split is not None,
+            chunk_size=chunk_size,
+            trace=trace,
+            compile=compile,
+        )
+        stepper = Stepper(optimizer, bind or bind_opt_params, advance)
+        tasks = particles * each
+        together = {"tasks": 1, "particle": each, "all": tasks}[scheme.together]
+        draws = Draws(family, tasks, horizon, truncation, eval_split, stagger, together)
+        return _of_family(
+            scheme, draws, stepper, each, noise, meta_loss or last_loss, 2 if antithetic else 1
+        )
+
+    return over_families(build, family, particles)
+
+
+def _of_family(
+    scheme: Scheme,
+    draws: Draws,
+    stepper: Stepper,
+    each: int,
+    noise: Noise,
+    score: MetaLoss,
+    copies: int,
+) -> Estimator:
+    family = draws.family
+
+    def init(meta_params: Tree, seed: int) -> EvolutionState:
+        check_meta_params(meta_params)
+        xi: Tree = ()
+        with torch.no_grad():
+            trainings = idle(draws, stepper, meta_params, int(seed), copies)
+            if scheme.accumulates:
+                xi = trees.map(lambda x: x.new_zeros(draws.num_tasks, *x.shape), meta_params)
+        return EvolutionState(*trainings, xi, 0, int(seed))
+
+    def estimate(meta_params: Tree, state: EvolutionState) -> tuple[Estimate, EvolutionState]:
+        check_meta_params(meta_params)
+        now = trainings_of(state)
+        with torch.no_grad():
+            plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
+            found = perturbations(
+                meta_params,
+                plan,
+                scheme,
+                noise,
+                seed=state.seed,
+                step=state.step,
+                each=each,
+                before=state.xi,
+            )
+
+            def perturbed(k: int) -> Tree:
+                """What the members have from step k on, ``(tasks, copies, ...)``."""
+                return trees.map(
+                    lambda x, e: torch.stack(
+                        [x + e[found.row[k]], x - e[found.row[k]]][:copies], 1
+                    ),
+                    meta_params,
+                    found.eps,
+                )
+
+            later = {k: partial(perturbed, k) for k in found.edges[1:]}
+            after, losses, evals = stepper.run(perturbed(0), now, plan, later)
+            values = scored(score, losses, evals, plan.t, plan.horizon)
+            parts = weighted_sums(relative_losses(values, each), found, meta_params, noise)
+            bad_step = first_bad_step(losses, evals, values)
+            metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
+            at = inner_step_at(plan, bad_step)
+            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics, group=each)
+            after = without_diverged(after, estimate.metrics["diverged"])
+            xi = trees.map(lambda x: x[found.row[-1]], found.xi) if scheme.accumulates else ()
+        return estimate, EvolutionState(*after, xi, state.step + 1, state.seed)
+
+    return Estimator(init, estimate)
