@@ -2,7 +2,15 @@
 
 import pytest
 
-from fmeta.tasks import augmented, digits, quadratic, sinusoid
+from fmeta.tasks import (
+    augmented,
+    digits,
+    logistic_regression,
+    quadratic,
+    robust_regression,
+    sinusoid,
+    small_net,
+)
 from fmeta.testing import FAMILY_LAWS, check_family
 
 FAMILIES = {
@@ -18,6 +26,12 @@ FAMILIES = {
     "quadratic": quadratic(4),
     "noisy quadratic": quadratic(3, condition=10.0, noise=0.5),
     "sinusoid": sinusoid(5, (6,)),
+    "logistic regression": logistic_regression(points=20),
+    "logistic regression in batches": logistic_regression(4, points=20, batch_size=5),
+    "robust regression": robust_regression(points=20),
+    "robust regression in batches": robust_regression(2, 21, clusters=3, batch_size=4),
+    "small net": small_net(points=20),
+    "small net in batches": small_net(3, 4, 3, points=30, clusters=5, batch_size=10),
 }
 EVERYTHING = {"rescale": 0.5, "loss_scale": 0.5, "gradient_noise": 0.1}
 FAMILIES |= {
