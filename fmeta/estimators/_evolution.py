@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_steps
-from fmeta.estimators._averages import first_bad_step, mean_over_tasks
+from fmeta.estimators._averages import first_bad_step, gathered_tasks, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
     Estimate,
@@ -35,9 +36,12 @@ from fmeta.estimators._perturbations import (
 from fmeta.estimators._trainings import (
     Draws,
     Stepper,
+    clock_of_all,
     drawn_at,
+    gathered,
     idle,
     inner_step_at,
+    scattered,
     trainings_of,
     without_diverged,
 )
@@ -57,7 +61,7 @@ class EvolutionState(NamedTuple):
         params, hidden: ``(tasks, copies, ...)``, the copies (+, -), or + alone.
         config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
         xi: sum of the perturbations that each training has seen, like ``meta_params`` with a
-            leading dimension of tasks; ``()`` for a scheme that does not sum them.
+            leading dimension of tasks (on every rank of all ranks' tasks); ``()`` for a scheme that does not sum them.
         step: estimates made.
         seed: of the run.
     """
@@ -92,6 +96,7 @@ def evolution(
     chunk_size: int | None,
     trace: bool,
     compile: bool,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """The estimator of a scheme; the arguments are those of `fmeta.estimators.pes`."""
     check_optimizer_type(optimizer, "optimizer")
@@ -109,7 +114,7 @@ def evolution(
     noise = Noise(std, perturb)
     each = num_tasks // particles
 
-    def build(family: TaskFamily, particles: int) -> Estimator:
+    def build(family: TaskFamily, particles: Share) -> Estimator:
         advance = by_steps(
             optimizer,
             family,
@@ -119,26 +124,29 @@ def evolution(
             compile=compile,
         )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
-        tasks = particles * each
-        together = {"tasks": 1, "particle": each, "all": tasks}[scheme.together]
-        draws = Draws(family, tasks, horizon, truncation, eval_split, stagger, together)
-        return _of_family(
-            scheme, draws, stepper, each, noise, meta_loss or last_loss, 2 if antithetic else 1
+        share = particles.times(each)
+        mine = share.worked_on
+        together = {"tasks": 1, "particle": each, "all": share.total}[scheme.together]
+        draws = Draws(
+            family, len(mine), horizon, truncation, eval_split, stagger, together, mine.start
         )
+        copies = 2 if antithetic else 1
+        return _of_family(scheme, draws, stepper, share, noise, meta_loss or last_loss, copies)
 
-    return over_families(build, family, particles)
+    return over_families(build, family, particles, ranks or Ranks.alone())
 
 
 def _of_family(
     scheme: Scheme,
     draws: Draws,
     stepper: Stepper,
-    each: int,
+    share: Share,
     noise: Noise,
     score: MetaLoss,
     copies: int,
 ) -> Estimator:
-    family = draws.family
+    family, each = draws.family, share.each
+    mine = slice(share.worked_on.start, share.worked_on.stop)
 
     def init(meta_params: Tree, seed: int) -> EvolutionState:
         check_meta_params(meta_params)
@@ -146,7 +154,7 @@ def _of_family(
         with torch.no_grad():
             trainings = idle(draws, stepper, meta_params, int(seed), copies)
             if scheme.accumulates:
-                xi = trees.map(lambda x: x.new_zeros(draws.num_tasks, *x.shape), meta_params)
+                xi = trees.map(lambda x: x.new_zeros(share.total, *x.shape), meta_params)
         return EvolutionState(*trainings, xi, 0, int(seed))
 
     def estimate(meta_params: Tree, state: EvolutionState) -> tuple[Estimate, EvolutionState]:
@@ -154,9 +162,10 @@ def _of_family(
         now = trainings_of(state)
         with torch.no_grad():
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
+            # Of all ranks' tasks: perturbations are drawn here once more instead of being sent.
             found = perturbations(
                 meta_params,
-                plan,
+                clock_of_all(share, plan),
                 scheme,
                 noise,
                 seed=state.seed,
@@ -167,24 +176,27 @@ def _of_family(
 
             def perturbed(k: int) -> Tree:
                 """What the members have from step k on, ``(tasks, copies, ...)``."""
-                return trees.map(
-                    lambda x, e: torch.stack(
-                        [x + e[found.row[k]], x - e[found.row[k]]][:copies], 1
-                    ),
-                    meta_params,
-                    found.eps,
-                )
+
+                def copied(x: Tensor, eps: Tensor) -> Tensor:
+                    own = eps[found.row[k]]
+                    return torch.stack([x + own, x - own][:copies], 1)
+
+                return trees.map(copied, meta_params, found.eps)
 
             later = {k: partial(perturbed, k) for k in found.edges[1:]}
             after, losses, evals = stepper.run(perturbed(0), now, plan, later)
             values = scored(score, losses, evals, plan.t, plan.horizon)
-            parts = weighted_sums(relative_losses(values, each), found, meta_params, noise)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
-            at = inner_step_at(plan, bad_step)
+            seen = (values.movedim(1, 0), inner_step_at(plan, bad_step))
+            (values, at), metrics = gathered_tasks(share, seen, metrics)
+            values = values.movedim(0, 1)
+            parts = weighted_sums(relative_losses(values, each), found, meta_params, noise)
             estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics, group=each)
-            after = without_diverged(after, estimate.metrics["diverged"])
+            after = without_diverged(after, share.part(estimate.metrics["diverged"]))
             xi = trees.map(lambda x: x[found.row[-1]], found.xi) if scheme.accumulates else ()
         return estimate, EvolutionState(*after, xi, state.step + 1, state.seed)
 
-    return Estimator(init, estimate)
+    return Estimator(
+        init, estimate, share.ranks, partial(gathered, share), partial(scattered, share)
+    )

@@ -79,8 +79,8 @@ def pes(
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
-        those of `Estimate`, with ``"losses"`` ``(K, tasks, copies)``; tasks of one particle enter the
-        standard error together. A pair that diverged begins anew in the next estimate.
+        those of `Estimate`, with ``"losses"`` ``(K, tasks, copies)``; tasks of one particle enter
+        the standard error together. A pair that diverged begins anew in the next estimate.
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks,
