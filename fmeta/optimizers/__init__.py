@@ -20,6 +20,7 @@ from fmeta.optimizers._linear import linear
 from fmeta.optimizers._lion import lion
 from fmeta.optimizers._lstm import lstm
 from fmeta.optimizers._meta_curvature import meta_curvature
+from fmeta.optimizers._meta_lstm import meta_lstm
 from fmeta.optimizers._mlp import mlp
 from fmeta.optimizers._muon import muon
 from fmeta.optimizers._nadam import nadam, nadamw
@@ -92,6 +93,7 @@ BUILDERS: dict[str, Callable[..., Optimizer]] = {
         meta_curvature,
         linear,
         lstm,
+        meta_lstm,
         mlp,
         adafactor_mlp,
         normalized_mlp,

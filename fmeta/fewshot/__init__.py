@@ -1,0 +1,42 @@
+"""Few-shot learning: learning to start, to adapt, and to remember."""
+
+from fmeta.fewshot._anil import anil
+from fmeta.fewshot._contract import Episode, Examples, MetaLearner
+from fmeta.fewshot._conv4 import conv4
+from fmeta.fewshot._estimator import estimator
+from fmeta.fewshot._gradient_based import Adapted, gradient_based
+from fmeta.fewshot._losses import LOSSES
+from fmeta.fewshot._maml import first_order_maml, maml
+from fmeta.fewshot._maml_plus_plus import maml_plus_plus
+from fmeta.fewshot._meta_lstm import meta_lstm
+from fmeta.fewshot._meta_sgd import meta_sgd
+from fmeta.fewshot._model import Model
+from fmeta.fewshot._protonet import Prototypes, protonet
+from fmeta.fewshot._reptile import reptile
+from fmeta.fewshot._sinusoid import sinusoid
+from fmeta.fewshot._source import Source, draw, from_classes
+
+__all__ = [
+    "LOSSES",
+    "Adapted",
+    "Episode",
+    "Examples",
+    "MetaLearner",
+    "Model",
+    "Prototypes",
+    "Source",
+    "anil",
+    "conv4",
+    "draw",
+    "estimator",
+    "first_order_maml",
+    "from_classes",
+    "gradient_based",
+    "maml",
+    "maml_plus_plus",
+    "meta_lstm",
+    "meta_sgd",
+    "protonet",
+    "reptile",
+    "sinusoid",
+]

@@ -1,0 +1,41 @@
+"""Losses of predictions, and how often they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmeta.tasks._networks import cross_entropy
+
+__all__ = ["LOSSES", "Loss", "accuracy_of", "loss_named"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, targets)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": _mse}
+
+
+def loss_named(loss: str | Loss) -> Loss:
+    """The loss of this name, or the function ``loss(outputs, y) -> scalar`` itself."""
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(
+            f"unknown loss {loss!r}: there are {', '.join(LOSSES)}, or give a function "
+            "(outputs, y) -> scalar"
+        )
+    return LOSSES[loss]
+
+
+def accuracy_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """Part of the labels that are predicted; NaN where ``y`` are no labels."""
+    if y.is_floating_point():
+        return outputs.new_full((), torch.nan)
+    return (outputs.argmax(-1) == y).to(outputs.dtype).mean()

@@ -1,0 +1,92 @@
+"""What few-shot learners train: a network as pure functions, its statistics apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fmeta.functional import functionalize
+from fmeta.tasks._networks import Network
+
+__all__ = ["BATCH_NORM", "Model", "as_model", "check_batch_norm"]
+
+BATCH_NORM = ("transductive", "support")
+
+
+class Model(NamedTuple):
+    """A network whose normalisation is explicit.
+
+    Attributes:
+        init: ``init(generator) -> params``, a flat dict.
+        apply: ``apply(params, x, stats=()) -> (outputs, stats)``. Without ``stats`` the network
+            normalises by those of ``x``, and returns them; with ``stats`` by these. A network that
+            does not normalise returns ``()``.
+        is_head: ``is_head(name) -> bool``: which parameters are of its last layer.
+        embed: ``embed(params, x, stats=()) -> (features, stats)``, all but the last layer; or
+            None where that is not known.
+        head: ``head(params, features) -> outputs``, the last layer; None together with ``embed``.
+    """
+
+    init: Callable[[torch.Generator], dict[str, Tensor]]
+    apply: Callable[..., tuple[Tensor, Any]]
+    is_head: Callable[[str], bool]
+    embed: Callable[..., tuple[Tensor, Any]] | None = None
+    head: Callable[..., Tensor] | None = None
+
+
+def as_model(network: Any) -> Model:
+    """A `Model` of one, of a module or of a `Network`.
+
+    Args:
+        network: a `Model`; an ``nn.Module``, which starts from the parameters it has and
+            normalises by the statistics of the batch, its running ones put aside; or a network of
+            `fmeta.tasks`.
+
+    Raises:
+        TypeError: for anything else, a module without parameters included.
+    """
+    if isinstance(network, Model):
+        return network
+    if isinstance(network, nn.Module):
+        return _of_module(network)
+    if isinstance(network, Network):
+        init, apply = network.init, network.apply
+
+        def forward(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
+            return apply(params, x), ()
+
+        return Model(init, forward, _last_of(list(init(torch.Generator().manual_seed(0)))))
+    raise TypeError(
+        f"a few-shot learner wants an nn.Module, a Model such as fmeta.fewshot.conv4(ways=5), got "
+        f"a {type(network).__name__}"
+    )
+
+
+def _of_module(module: nn.Module) -> Model:
+    pure, params, buffers = functionalize(module, batch_norm="batch")
+    if not params:
+        raise TypeError(f"{type(module).__name__} has no parameters: there is nothing to adapt")
+
+    def apply(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
+        return pure(params, buffers, x), ()
+
+    return Model(lambda generator: dict(params), apply, _last_of(list(params)))
+
+
+def _last_of(names: list[str]) -> Callable[[str], bool]:
+    """Whether a name has the prefix of the last one: of its module, or its number."""
+    last = names[-1]
+    stem, dot, _ = last.rpartition(".")
+    if dot:
+        return lambda name: name.rpartition(".")[0] == stem
+    number = last.lstrip("abcdefghijklmnopqrstuvwxyz_")
+    return lambda name: name.lstrip("abcdefghijklmnopqrstuvwxyz_") == number
+
+
+def check_batch_norm(batch_norm: str) -> None:
+    """Raises a ValueError unless this is a policy."""
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}")

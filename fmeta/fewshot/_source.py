@@ -1,0 +1,127 @@
+"""Where episodes come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta.fewshot._contract import Episode, Examples
+from fmeta.random import fold_in
+from fmeta.tasks import stack_tasks
+from fmeta.tasks._family import SPLITS, check_split
+
+__all__ = ["Source", "draw", "from_classes"]
+
+
+class Source(NamedTuple):
+    """Episodes of one shape, drawn on the CPU.
+
+    Attributes:
+        sample: ``sample(generator, split="train") -> Episode``; classes of different splits have
+            nothing in common.
+        ways: classes of an episode; 0 in regression.
+        shots: support examples of a class (in regression: of an episode).
+        queries: query examples, likewise.
+        shape: of one input.
+        name: for tables and figures.
+    """
+
+    sample: Callable[..., Episode]
+    ways: int
+    shots: int
+    queries: int
+    shape: tuple[int, ...]
+    name: str = "episodes"
+
+
+def draw(
+    source: Source,
+    drawn: Sequence[Sequence[int]],
+    *,
+    split: str = "train",
+    device: torch.device | None = None,
+) -> Episode:
+    """A meta-batch: one episode for each row of integers, stacked.
+
+    Args:
+        source: of episodes.
+        drawn: rows ``(seed, *ints)``; an episode is a function of its row and the split alone.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        device: where they are moved to; None: they stay on the CPU.
+    """
+    check_split(split)
+    each = [source.sample(fold_in(*row, SPLITS.index(split)), split) for row in drawn]
+    stacked: Episode = stack_tasks(each, device)
+    return stacked
+
+
+def from_classes(
+    images: dict[str, Tensor],
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    name: str = "classes",
+    prepare: Callable[[Tensor], Tensor] | None = None,
+) -> Source:
+    """Classification episodes from images by class: ways, instances and their order are drawn.
+
+    Args:
+        images: by split, ``(classes, instances, *shape)``, of any dtype.
+        ways: classes of an episode.
+        shots: support examples of a class.
+        queries: query examples of a class.
+        name: of the source.
+        prepare: ``prepare(images) -> inputs`` of those that were drawn; default: bytes become
+            numbers from 0 to 1.
+
+    Returns:
+        A `Source`. Labels are 0 to ``ways`` - 1, by the order in which the classes were drawn;
+        examples are in mixed order.
+
+    Raises:
+        ValueError: numbers below 1, fewer classes than ways, or fewer instances than are needed.
+    """
+    for what, value in (("ways", ways), ("shots", shots), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
+    for split, x in images.items():
+        if len(x) < ways:
+            raise ValueError(f"split {split} has {len(x)} classes, too few for {ways} ways")
+        if x.shape[1] < shots + queries:
+            raise ValueError(
+                f"split {split} has {x.shape[1]} images of a class, too few for {shots} shots and "
+                f"{queries} queries: take fewer of these"
+            )
+    prepare = prepare or _unit
+    shape = tuple(prepare(next(iter(images.values()))[:1, 0]).shape[1:])
+
+    def sample(generator: torch.Generator, split: str = "train") -> Episode:
+        if split not in images:
+            raise ValueError(f"{name} has no split {split!r}: there are {', '.join(images)}")
+        x = images[split]
+        classes = torch.randperm(len(x), generator=generator)[:ways]
+        needed = shots + queries
+        places = torch.stack(
+            [torch.randperm(x.shape[1], generator=generator)[:needed] for _ in range(ways)]
+        )
+        found = x[classes[:, None], places]
+        labels = torch.arange(ways)[:, None].expand(ways, needed)
+
+        def part(start: int, stop: int) -> Examples:
+            order = torch.randperm(ways * (stop - start), generator=generator)
+            return Examples(
+                prepare(found[:, start:stop].flatten(0, 1)[order]),
+                labels[:, start:stop].flatten()[order],
+            )
+
+        return Episode(part(0, shots), part(shots, needed))
+
+    return Source(sample, ways, shots, queries, shape, name)
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else images.float() / 255
