@@ -105,7 +105,12 @@ def last_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) 
 
 
 def scored(
-    score: MetaLoss, losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor
+    score: MetaLoss,
+    losses: Tensor,
+    evals: Tensor | None,
+    t: Tensor,
+    horizon: Tensor,
+    config: Callable[[], Any] | None = None,
 ) -> Tensor:
     """Each step's part in the meta-loss, ``(K, tasks, copies)``.
 
@@ -113,8 +118,15 @@ def scored(
         score: the estimator's ``meta_loss``.
         losses, evals: ``(K, tasks, copies)``.
         t, horizon: ``(K, tasks)``.
+        config: gives the config of each step's task, ``(K, tasks, ...)``, to a ``meta_loss`` whose
+            attribute ``needs`` has ``"config"``.
     """
-    values = score(losses, evals, t.unsqueeze(-1), horizon.unsqueeze(-1))
+    own = {}
+    if "config" in getattr(score, "needs", ()):
+        if config is None:
+            raise ValueError("this estimator does not give a meta_loss the configs of its tasks")
+        own["config"] = config()
+    values = score(losses, evals, t.unsqueeze(-1), horizon.unsqueeze(-1), **own)
     try:
         return values.expand_as(losses)
     except (RuntimeError, AttributeError):

@@ -37,6 +37,7 @@ from fmeta.estimators._trainings import (
     Draws,
     Stepper,
     clock_of_all,
+    configs_by_step,
     drawn_at,
     gathered,
     idle,
@@ -61,7 +62,8 @@ class EvolutionState(NamedTuple):
         params, hidden: ``(tasks, copies, ...)``, the copies (+, -), or + alone.
         config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
         xi: sum of the perturbations that each training has seen, like ``meta_params`` with a
-            leading dimension of tasks (on every rank of all ranks' tasks); ``()`` for a scheme that does not sum them.
+            leading dimension of tasks, on each rank those of all ranks; ``()`` for a scheme that
+            does not sum them.
         step: estimates made.
         seed: of the run.
     """
@@ -178,14 +180,16 @@ def _of_family(
                 """What the members have from step k on, ``(tasks, copies, ...)``."""
 
                 def copied(x: Tensor, eps: Tensor) -> Tensor:
-                    own = eps[found.row[k]]
+                    own = eps[row[k]]
                     return torch.stack([x + own, x - own][:copies], 1)
 
                 return trees.map(copied, meta_params, found.eps)
 
+            row = found.row[:, mine]
             later = {k: partial(perturbed, k) for k in found.edges[1:]}
             after, losses, evals = stepper.run(perturbed(0), now, plan, later)
-            values = scored(score, losses, evals, plan.t, plan.horizon)
+            config = partial(configs_by_step, plan)
+            values = scored(score, losses, evals, plan.t, plan.horizon, config)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
             seen = (values.movedim(1, 0), inner_step_at(plan, bad_step))

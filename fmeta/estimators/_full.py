@@ -159,7 +159,8 @@ def over_whole_trainings(
                 eval_batches=None if eval_split is None else eval_batches,
                 **options,
             )
-            return score(run), (run.losses, run.eval_losses)
+            own = {"config": config} if "config" in getattr(score, "needs", ()) else {}
+            return score(run, **own), (run.losses, run.eval_losses)
 
         of_tasks = torch.vmap(
             lambda *args: differentiate(one, *args),

@@ -29,6 +29,8 @@ __all__ = [
     "Plan",
     "Stepper",
     "Trainings",
+    "clock_of_all",
+    "configs_by_step",
     "drawn_at",
     "gathered",
     "idle",
@@ -82,6 +84,7 @@ class Plan(NamedTuple):
         is_new: whether a task's training begins with step k, ``(K, tasks)``.
         t, horizon: of step k, ``(K, tasks)``.
         drawn: the integers of the task at step k, ``(K, tasks, 4)``.
+        configs: of each task the trainings in turn, with the number of their steps.
     """
 
     starts: list[Start]
@@ -91,6 +94,7 @@ class Plan(NamedTuple):
     t: Tensor
     horizon: Tensor
     drawn: Tensor
+    configs: list[list[tuple[int, Any]]]
 
 
 class Piece(NamedTuple):
@@ -147,7 +151,7 @@ class Draws:
         configs = trees.map(lambda x: x.cpu(), now.config)
         clock = zip(now.t.tolist(), now.horizon.tolist(), now.drawn.tolist(), strict=True)
         starts: dict[int, list[tuple[int, Piece]]] = {}
-        batches, evals, ticks, names = [], [], [], []
+        batches, evals, ticks, names, seen = [], [], [], [], []
         for i, (t, horizon, drawn) in enumerate(clock):
             config = trees.map(lambda x, i=i: x[i], configs)
             pieces = list(
@@ -163,6 +167,7 @@ class Draws:
                 k += piece.length
             ticks.append(times)
             names.append(named)
+            seen.append([(p.length, p.config) for p in pieces])
             batches.append(_concatenated([p.batches for p in pieces]))
             evals.append(_concatenated([p.eval_batches for p in pieces]))
         is_new, when, horizons = torch.tensor(ticks, device=device).permute(2, 1, 0)
@@ -174,6 +179,7 @@ class Draws:
             when,
             horizons,
             torch.tensor(names, device=device).movedim(1, 0),
+            seen,
         )
 
     def first(self, seed: int, device: torch.device | None) -> Start:
@@ -353,9 +359,34 @@ def inner_step_at(plan: Plan, bad_step: Tensor) -> Tensor:
     return torch.where(bad_step < 0, -1, plan.t[bad_step, tasks])
 
 
+def configs_by_step(plan: Plan) -> Tree:
+    """The config of the task at step k, ``(K, tasks, ...)``."""
+    rows = [
+        _concatenated([trees.map(lambda x, n=n: x.expand(n, *x.shape), c) for n, c in pieces])
+        for pieces in plan.configs
+    ]
+    return _by_step(stack_tasks(rows, plan.t.device))
+
+
 def trainings_of(state: Any) -> Trainings:
     """The trainings in an estimator's state, which has fields of the same names."""
     return Trainings(*(getattr(state, name) for name in Trainings._fields))
+
+
+def clock_of_all(share: Share, plan: Plan) -> Plan:
+    """The plan with which step of which training the tasks of all ranks are at.
+
+    Those are ``is_new``, ``t`` and ``drawn``; all else stays that of this rank's tasks.
+    """
+    if share.ranks.size == 1:
+        return plan
+    seed = plan.drawn[:1, :1, :1]
+    estimate, start = plan.drawn[..., 1].int(), plan.drawn[..., 3].int()
+    rows = trees.map(lambda x: x.movedim(1, 0), (plan.is_new, plan.t.int(), estimate, start))
+    is_new, t, estimate, start = trees.map(lambda x: x.movedim(0, 1), share.gather(rows))
+    task = torch.arange(share.total, device=t.device).expand(t.shape)
+    drawn = torch.stack([seed[..., 0].expand(t.shape), estimate, task, start], -1)
+    return plan._replace(is_new=is_new, t=t.to(plan.t.dtype), drawn=drawn)
 
 
 def gathered(share: Share, state: Any) -> Any:

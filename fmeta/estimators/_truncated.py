@@ -33,6 +33,7 @@ from fmeta.estimators._trainings import (
     Plan,
     Stepper,
     Trainings,
+    configs_by_step,
     drawn_at,
     gathered,
     idle,
@@ -163,7 +164,8 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss, share: Share) ->
 
     def total(meta_params: Tree, now: Trainings, plan: Plan) -> tuple[Tensor, Any]:
         after, losses, evals = stepper.run(meta_params, now, plan)
-        values = scored(score, losses, evals, plan.t, plan.horizon)
+        config = functools.partial(configs_by_step, plan)
+        values = scored(score, losses, evals, plan.t, plan.horizon, config)
         return values.mean((0, 2)).sum(), (after, losses, evals, values)
 
     def init(meta_params: Tree, seed: int) -> TruncatedState:
