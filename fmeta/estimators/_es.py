@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fmeta.distributed import Ranks
 from fmeta.estimators._contract import Bind, Estimator, MetaLoss
 from fmeta.estimators._evolution import evolution
 from fmeta.estimators._horizons import Horizon
@@ -33,6 +34,7 @@ def es(
     chunk_size: int | None = None,
     trace: bool = True,
     compile: bool = False,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Evolution strategies on a truncation of K steps of trainings that go on between estimates.
 
@@ -48,7 +50,7 @@ def es(
         optimizer, family, num_tasks, horizon, truncation, std: as in `pes`; a fresh perturbation
             of each particle in each estimate.
         num_particles, antithetic, bind, meta_loss, eval_split: as in `pes`.
-        stagger, perturb, chunk_size, trace, compile: as in `pes`.
+        stagger, perturb, chunk_size, trace, compile, ranks: as in `pes`.
 
     Returns:
         An `Estimator`, with the metrics of `pes`.
@@ -79,6 +81,7 @@ def es(
         chunk_size=chunk_size,
         trace=trace,
         compile=compile,
+        ranks=ranks,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fmeta.distributed import Ranks
 from fmeta.estimators._contract import Bind, Estimator, MetaLoss
 from fmeta.estimators._evolution import evolution
 from fmeta.estimators._horizons import Horizon
@@ -33,6 +34,7 @@ def es_single(
     chunk_size: int | None = None,
     trace: bool = True,
     compile: bool = False,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Evolution strategies whose perturbations are kept while a training lasts, in lock step.
 
@@ -54,7 +56,7 @@ def es_single(
             is drawn for all trainings together.
         num_particles, antithetic, bind, meta_loss, eval_split: as in `pes`.
         perturb: as in `pes`; ``step`` is the estimate in which the training begins.
-        chunk_size, trace, compile: as in `pes`.
+        chunk_size, trace, compile, ranks: as in `pes`.
 
     Returns:
         An `Estimator`, with the metrics of `pes`. A pair that diverged begins anew in the next
@@ -85,4 +87,5 @@ def es_single(
         chunk_size=chunk_size,
         trace=trace,
         compile=compile,
+        ranks=ranks,
     )

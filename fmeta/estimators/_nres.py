@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fmeta.distributed import Ranks
 from fmeta.estimators._contract import Bind, Estimator, MetaLoss, check_sizes
 from fmeta.estimators._evolution import evolution
 from fmeta.estimators._horizons import Horizon
@@ -34,6 +35,7 @@ def nres(
     chunk_size: int | None = None,
     trace: bool = True,
     compile: bool = False,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Evolution strategies whose perturbations are kept while a training lasts, at any phase of it.
 
@@ -59,7 +61,7 @@ def nres(
         antithetic, bind, meta_loss, eval_split, stagger: as in `pes`.
         perturb: as in `pes`; ``step`` is the estimate in which the training begins. Not with
             ``reuse``.
-        chunk_size, trace, compile: as in `pes`.
+        chunk_size, trace, compile, ranks: as in `pes`.
 
     Returns:
         An `Estimator`, with the metrics of `pes`.
@@ -98,6 +100,7 @@ def nres(
         chunk_size=chunk_size,
         trace=trace,
         compile=compile,
+        ranks=ranks,
     )
 
 
