@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fmeta import trees
+from fmeta._chunks import binned, chunkable, is_observed
 from fmeta._leafwise import leafwise
 from fmeta._leaves import RULE_ERRORS, Leaves, check_first_state, check_state, settled
+from fmeta._remat import remat
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.functional import functionalize, moved
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps, check_params
@@ -141,8 +143,7 @@ def lift_coordinates(
             )
         return Hidden(trees.unflatten(spec, states), {})
 
-    @leafwise
-    def run(
+    def advance(
         opt_params: Tree,
         model_params: Tree,
         grads: Tree,
@@ -150,11 +151,13 @@ def lift_coordinates(
         *,
         loss: Tensor | None = None,
         extras: Mapping[str, Any] | None = None,
+        chunk_size: int | None = chunk_size,
+        recompute: bool = False,
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
         extra = {"loss": loss, "extras": extras} if needs else {}
-        at = Leaves(model_params, grads, hidden)
-        at.check_shapes(scalars=False)
+        at = Leaves(model_params, grads, hidden, states_later=True)
+        at.check_states(at.active, scalars=False)
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -173,7 +176,7 @@ def lift_coordinates(
             theta = at.weights(opt_params, dtype)
             try:
                 change, new, new_spec = _chunked(
-                    partial(update, **extra), theta, p, g, h, spec, chunk_size
+                    partial(update, **extra), theta, p, g, h, spec, chunk_size, recompute
                 )
             except RULE_ERRORS as error:
                 better = at.explained(error, init, opt_params)
@@ -188,6 +191,18 @@ def lift_coordinates(
                 states[i] = trees.unflatten(new_spec, [x[j] for x in state_parts])
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)
 
+    @leafwise
+    def run(
+        opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **given: Any
+    ) -> tuple[Tree, Hidden]:
+        return advance(opt_params, model_params, grads, hidden, **given)
+
+    def in_chunks(coordinates: int) -> Callable[..., Any]:
+        size = coordinates if chunk_size is None else min(chunk_size, coordinates)
+        in_pieces = partial(advance, chunk_size=size, recompute=True)
+        return binned(in_pieces, coordinates, needs=needs, splits_leaves=True)
+
+    chunkable(run, in_chunks)
     return Optimizer(init, init_hidden, run, needs)
 
 
@@ -199,14 +214,18 @@ def _chunked(
     h: list[Tensor],
     spec: Any,
     size: int | None,
+    recompute: bool,
 ) -> tuple[Tensor, list[Tensor], Any]:
     count = p.shape[0]
     if count == 0:
         return torch.zeros_like(p), h, spec
     size = count if size is None else size
     deltas, states, new_spec = [], [], spec
-    for start in range(0, count, size):
-        own = [x.narrow(0, start, min(size, count - start)) for x in (p, g, *h)]
+    # A bin that fits into one chunk is recomputed as a whole, by `binned`.
+    if recompute and count > size and is_observed():
+        update = remat(update)
+    # One split and not many slices: its backward is one concatenation.
+    for own in zip(*(x.split(size) for x in (p, g, *h)), strict=True):
         delta, state = update(theta, own[0], own[1], trees.unflatten(spec, own[2:]))
         leaves, new_spec = trees.flatten(state)
         deltas.append(delta)

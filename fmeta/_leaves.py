@@ -36,9 +36,14 @@ class Leaves:
         params, grads: leaves in their own dtype (``None`` where absent).
         states: the dict of hidden tensors at each leaf.
         active: indices of the leaves that have a gradient.
+
+    With ``states_later`` the caller looks at the states itself (`check_states`, `check_column`):
+    with a thousand leaves that is cheaper group by group.
     """
 
-    def __init__(self, model_params: Tree, grads: Tree, hidden: Any) -> None:
+    def __init__(
+        self, model_params: Tree, grads: Tree, hidden: Any, *, states_later: bool = False
+    ) -> None:
         if not isinstance(hidden, Hidden):
             raise ValueError(
                 f"the hidden state is a {type(hidden).__name__}, not what this optimizer's "
@@ -57,12 +62,10 @@ class Leaves:
         ]
         self.model_params = model_params
         for i in self.active:
-            device = self.params[i].device
-            if self.grads[i].device != device:
+            if self.grads[i].device != self.params[i].device:
                 raise self._elsewhere(i, "gradient", self.grads[i].device)
-            for k, x in self.states[i].items():
-                if isinstance(x, Tensor) and x.device != device:
-                    raise self._elsewhere(i, f"hidden state's {k!r}", x.device)
+        if not states_later:
+            self.check_states(self.active, shapes=False)
 
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Parameter and gradient of leaf i in the compute dtype."""
@@ -94,22 +97,40 @@ class Leaves:
             ],
         )
 
-    def check_shapes(self, *, scalars: bool = True) -> None:
-        """Raises unless every state has the shape of its parameter, up to further axes at the end.
+    def check_states(
+        self, leaves: Sequence[int], *, shapes: bool = True, scalars: bool = True
+    ) -> None:
+        """Raises unless the states of these leaves fit their parameters.
 
-        Scalars (counts) are fine where ``scalars``.
+        They are on the same device and, with ``shapes``, have the parameter's shape, up to further
+        axes at the end. Scalars (counts) are fine where ``scalars``.
         """
-        for i in self.active:
-            shape = self.params[i].shape
+        for i in leaves:
+            param = self.params[i]
             for k, x in self.states[i].items():
-                if not isinstance(x, Tensor) or x.shape == shape or (scalars and not x.ndim):
+                if not isinstance(x, Tensor):
                     continue
-                if x.shape[: len(shape)] != shape:
+                if x.device != param.device:
+                    raise self._elsewhere(i, f"hidden state's {k!r}", x.device)
+                if shapes and not _fits(x.shape, param.shape, scalars):
                     raise ValueError(
                         f"the hidden state's {k!r} at path {trees.paths(self.model_params)[i]} has "
                         f"shape {tuple(x.shape)}, but the parameter there has shape "
-                        f"{tuple(shape)}: it is the state of other parameters; {_RESTART}"
+                        f"{tuple(param.shape)}: it is the state of other parameters; {_RESTART}"
                     )
+
+    def check_column(
+        self, leaves: Sequence[int], params: Tensor, column: Tensor, *, shapes: bool = True
+    ) -> None:
+        """The same for one entry of the states of some leaves, which was stacked.
+
+        Args:
+            params: ``(B, *leaf)``.
+            column: ``(B, *entry)``.
+        """
+        fits = not shapes or _fits(column.shape[1:], params.shape[1:], True)
+        if not fits or column.device != params.device:
+            self.check_states(leaves, shapes=shapes)
 
     def _elsewhere(self, i: int, what: str, device: torch.device) -> ValueError:
         return ValueError(
@@ -154,6 +175,10 @@ class Leaves:
             f"{trees.paths(self.model_params)[i]} holds {held}, as if of another optimizer: "
             f"{_RESTART}"
         )
+
+
+def _fits(shape: torch.Size, param: torch.Size, scalars: bool) -> bool:
+    return shape == param or (scalars and not shape) or shape[: len(param)] == param
 
 
 def _shapes(tree: Tree) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._groups import BATCHED, Done, LeafRule
+from fmeta._leafwise import consuming
 from fmeta._leaves import RULE_ERRORS, Leaves, check_state, start_leaves
-from fmeta._lift import lift
+from fmeta._stacks import Columns, Rows
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 
@@ -44,8 +47,9 @@ def treewise(rule: Any) -> Optimizer:
             - ``update(opt_params, param, grad, hidden, control: (C,)) -> (delta, hidden)``, or
               ``step(...) -> (param, hidden)``;
             - ``needs`` (optional): then ``mix`` gets ``loss=`` and ``extras=``;
-            - ``batched`` (optional): if true, ``update`` gets small leaves of one shape stacked,
-              ``update(..., batch=1)`` with a leading axis everywhere, instead of under `vmap`.
+            - ``batched`` (optional): if true, small leaves of one shape go stacked, with a leading
+              axis everywhere, into ``summary(..., batch=1)`` (or ``observe``) and ``update(...,
+              batch=1)``, instead of under `vmap`.
 
     Returns:
         An `Optimizer`; the hidden dict at a leaf is what ``init_hidden`` gives and, under
@@ -81,12 +85,11 @@ def treewise(rule: Any) -> Optimizer:
     def init_leaf(th: Tree, p: Tensor) -> dict[str, Any]:
         return {**init_hidden(th, p), "tensor": init_tensor(th, p)}
 
-    def observing(shared: dict[str, Any]) -> Callable[..., Any]:
-        def observed(th: Tree, p: Tensor, g: Tensor, h: dict[str, Any]) -> Any:
-            summary, new = observe(th, p, g, h, shared)
-            return summary, check_state(new, "observe")
-
-        return observed
+    def observed(
+        th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], shared: dict[str, Any], **batch: int
+    ) -> Any:
+        summary, new = observe(th, p, g, h, shared, **batch)
+        return summary, check_state(new, "observe")
 
     def update_leaf(
         th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor, **batch: int
@@ -101,7 +104,16 @@ def treewise(rule: Any) -> Optimizer:
         leaves = start_leaves(init_leaf, opt_params, model_params)
         return Hidden(leaves, init_shared(opt_params, model_params, **extra))
 
-    def update(
+    # Two passes over the tensors: the "delta" of the first is the summary, the second gets a row of
+    # controls for each tensor.
+    seeing = LeafRule(init, init_hidden, observed, skip="tensor")
+    moving = LeafRule(init, init_hidden, update_leaf, skip="tensor")
+    if getattr(rule, "batched", False):
+        seeing, moving = (
+            x._replace(limits=BATCHED, stacks=True, keyword={"batch": 1}) for x in (seeing, moving)
+        )
+
+    def advance(
         opt_params: Tree,
         model_params: Tree,
         grads: Tree,
@@ -109,32 +121,24 @@ def treewise(rule: Any) -> Optimizer:
         *,
         loss: Tensor | None = None,
         extras: Mapping[str, Any] | None = None,
+        own: bool = False,
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
-        at = Leaves(model_params, grads, hidden)
+        at = Leaves(model_params, grads, hidden, states_later=True)
         if not at.active:
             return at.tree([None] * len(at.params)), hidden
         if any("tensor" not in at.states[i] for i in at.active):
             raise at.missing("tensor")
-        # Both passes over the tensors reuse the grouping of `lift`; the first one's "delta" is the
-        # summary, the second one's "hyper-parameter" the row of controls.
-        states, moved = list(at.states), [_own(state) for state in at.states]
-        first = lift(init, init_hidden, observing(hidden.shared))
-        given = Hidden(at.tree(moved), hidden.shared)
-        summaries, seen = first.update(opt_params, model_params, grads, given)
-        found = trees.leaves(summaries)
-        rows = [found[i] for i in at.active]
-        dtype = rows[0].dtype
-        for x in rows:
-            dtype = torch.promote_types(dtype, x.dtype)
-        columns = [trees.leaves(at.states[i]["tensor"]) for i in at.active]
-        spec = trees.flatten(at.states[at.active[0]]["tensor"])[1]
-        tensors = trees.unflatten(spec, [torch.stack(c) for c in zip(*columns, strict=True)])
+        given, states = list(at.states), list(at.states)
+        delta: list[Any] = [None] * len(at.params)
+        seen = list(seeing.run(at, opt_params, {}, {"shared": hidden.shared}, own=own))
+        summaries = _in_order(seen, at.active)
+        tensors = _Tensors([given[i]["tensor"] for i in at.active], own)
         try:
-            controls, tensors, shared = mix(
-                trees.cast(opt_params, dtype),
-                torch.stack([x.to(dtype) for x in rows]),
-                tensors,
+            controls, new, shared = mix(
+                trees.cast(opt_params, summaries.dtype),
+                summaries,
+                tensors.stacked(),
                 hidden.shared,
                 **({"loss": loss, "extras": extras} if needs else {}),
             )
@@ -143,32 +147,28 @@ def treewise(rule: Any) -> Optimizer:
             if better is error:
                 raise
             raise better from error
-        told = controls.unbind(0)  # fake CUDA tensors refuse an index
-        control: list[Any] = [told[0]] * len(at.params)
+        controls, shared = trees.map(tensors.spared, (controls, shared))
+        own_states = tensors.after(new)
         if observes:
-            moved = trees.flatten_up_to(at.spec, seen.leaves, model_params, "the hidden state")
-        parts = [x.unbind(0) for x in trees.leaves(tensors)]
-        new_spec = trees.flatten(tensors)[1]
-        for j, i in enumerate(at.active):
-            control[i] = told[j]
-            # Tensors of several dtypes were promoted to be stacked: each state keeps its own.
-            own = trees.unflatten(
-                new_spec, [x[j].to(c.dtype) for x, c in zip(parts, columns[j], strict=True)]
-            )
-            states[i] = {"tensor": own}
-        second = lift(
-            init,
-            init_hidden,
-            update_leaf,
-            hypers=lambda th: {"control": at.tree(control)},
-            batched=getattr(rule, "batched", False),
-        )
-        delta, new = second.update(opt_params, model_params, grads, Hidden(at.tree(moved), shared))
-        after = trees.flatten_up_to(at.spec, new.leaves, model_params, "the hidden state")
-        for i in at.active:
-            states[i] = {**after[i], **states[i]}
-        return delta, Hidden(at.tree(states), shared)
+            for done in seen:
+                for i, state in zip(done.group, done.states, strict=True):
+                    at.states[i] = state
+        told = {"control": Rows(controls, at.active)}
+        for done in moving.run(at, opt_params, {}, {}, rows=told, own=own):
+            for i, d, state in zip(done.group, done.deltas(), done.states, strict=True):
+                delta[i], states[i] = d, state
+        for i, state in zip(at.active, own_states, strict=True):
+            # A dict whose memory took all that is new is handed back as it came.
+            if states[i] is not given[i] or state is not given[i]["tensor"]:
+                states[i] = {**states[i], "tensor": state}
+        return at.tree(delta), Hidden(at.tree(states), shared)
 
+    def update(
+        opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **given: Any
+    ) -> tuple[Tree, Hidden]:
+        return advance(opt_params, model_params, grads, hidden, **given)
+
+    consuming(update, functools.partial(advance, own=True))
     return Optimizer(fresh(init), start, update, needs)
 
 
@@ -177,8 +177,56 @@ def _observing(rule: Any) -> Callable[..., Any]:
     if hasattr(rule, "observe"):
         return required(rule, "observe")
     summary = required(rule, "summary")
-    return lambda th, p, g, h, shared: (summary(th, p, g, h), {})
+    return lambda th, p, g, h, shared, **batch: (summary(th, p, g, h, **batch), {})
 
 
-def _own(h: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in h.items() if k != "tensor"}
+def _in_order(seen: Sequence[Done], active: Sequence[int]) -> Tensor:
+    """The summaries as ``(L, S)``, in the order of the leaves, in their common dtype."""
+    stacks = [x.delta.unsqueeze(0) if len(x.group) == 1 else x.delta for x in seen]
+    dtype = stacks[0].dtype
+    for x in stacks:
+        dtype = torch.promote_types(dtype, x.dtype)
+    stacks = [x.to(dtype) for x in stacks]
+    order = [i for x in seen for i in x.group]
+    if order == list(active):
+        return torch.cat(stacks)
+    rows = dict(zip(order, (row for x in stacks for row in x.unbind(0)), strict=True))
+    return torch.stack([rows[i] for i in active])
+
+
+class _Tensors:
+    """The states that tensors have as a whole, stacked and taken apart."""
+
+    def __init__(self, states: Sequence[dict[str, Any]], own: bool) -> None:
+        self._states, self._spec = states, None
+        if not all(isinstance(x, Tensor) for x in states[0].values()):
+            self._spec = trees.flatten(states[0])[1]
+            states = [_by_number(state) for state in states]
+        self._kinds = [{k: x.dtype for k, x in state.items()} for state in states]
+        self._columns = Columns(states, list(states[0]), own)
+        self.spared = self._columns.spared
+
+    def stacked(self) -> Tree:
+        """What `mix` gets."""
+        given = self._columns.given
+        return dict(given) if self._spec is None else trees.unflatten(self._spec, given.values())
+
+    def after(self, new: Tree) -> Sequence[dict[str, Any]]:
+        """The state of each tensor, out of what `mix` gave back, in the dtypes it had."""
+        flat, first = (new if self._spec is None else _by_number(new)), self._kinds[0]
+        # Tensors of several dtypes were promoted to be stacked: each state keeps its own.
+        if all(kinds == first for kinds in self._kinds):
+            found = self._columns.put({k: x.to(first.get(k, x.dtype)) for k, x in flat.items()})
+        else:
+            found = [
+                {k: x.to(kinds.get(k, x.dtype)) for k, x in state.items()}
+                for state, kinds in zip(self._columns.put(flat), self._kinds, strict=True)
+            ]
+        if self._spec is None:
+            return found
+        spec = trees.flatten(new)[1]
+        return [trees.unflatten(spec, state.values()) for state in found]
+
+
+def _by_number(tree: Tree) -> dict[str, Any]:
+    return {str(j): x for j, x in enumerate(trees.leaves(tree))}

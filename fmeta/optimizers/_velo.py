@@ -131,7 +131,7 @@ def velo(
 
 class _Rule:
     needs = frozenset({"loss", "num_steps"})
-    batched = True  # `update` takes stacks of leaves
+    batched = True  # stacks of leaves are taken as they are
     sizes: tuple[int, int, int, int]
 
     def __init__(
@@ -191,8 +191,10 @@ class _Rule:
         t = torch.zeros_like(total, dtype=torch.int64)
         return {"t": t, "num_steps": total, **_velo_tensor.start_losses(total)}
 
-    def summary(self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor]) -> Tensor:
-        return _velo_tensor.summary(p, h)
+    def summary(
+        self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], batch: int = 0
+    ) -> Tensor:
+        return _velo_tensor.summary(p, h, batch)
 
     def mix(
         self,

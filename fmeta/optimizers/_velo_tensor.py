@@ -22,28 +22,36 @@ _RANKS = 5
 _CHUNK = 2**15  # coordinates whose deviations from their mean stay in cache
 
 
-def summary(p: Tensor, h: Mapping[str, Tensor]) -> Tensor:
+def summary(p: Tensor, h: Mapping[str, Tensor], batch: int = 0) -> Tensor:
     """What is seen of a tensor, ``(8,)``: its parameters, and the moments before this gradient.
 
     With s = 1 / rms(p): log of ``s mean(v)``; log of ``s^2 var(m)``, and of ``s^2 mean((v -
     mean(m))^2)``, for each of the three momenta; number of axes longer than one.
+
+    Args:
+        batch: 1 for a stack of leaves: ``(B, 8)``.
     """
-    rank = p.new_full((1,), float(sum(n > 1 for n in p.shape)))
+    lead = p.shape[:batch]
+    rank = p.new_full((*lead, 1), float(sum(n > 1 for n in p.shape[batch:])))
     if p.numel() == 0:
-        return torch.cat([_log(p.new_zeros(7)), rank])
+        return torch.cat([_log(p.new_zeros(*lead, 7)), rank], -1)
     planes = [h["rms"], h["m0"], h["m1"], h["m2"]]
-    if p.device.type == "cpu" and p.numel() > _CHUNK and is_unobserved(p, *planes):
+    if batch:
+        p, *planes = (x.reshape(*lead, -1) for x in (p, *planes))
+    dims = tuple(range(batch, p.ndim))
+    chunked = not batch and p.device.type == "cpu" and p.numel() > _CHUNK
+    if chunked and is_unobserved(p, *planes):
         square = torch.linalg.vector_norm(p).square() / p.numel()
         moments = [_chunked_moments(x) for x in planes]
     else:
-        square = p.square().mean()
-        moments = [_moments(x) for x in planes]
-    scale = torch.rsqrt(square.clamp_min(1e-9))
-    mean, mean_m = torch.stack([mean for mean, _ in moments]).split((1, 3))
-    var, var_m = torch.stack([variance for _, variance in moments]).split((1, 3))
+        square = p.square().mean(dims)
+        moments = [_moments(x, dims) for x in planes]
+    scale = torch.rsqrt(square.clamp_min(1e-9)).unsqueeze(-1)
+    mean, mean_m = torch.stack([mean for mean, _ in moments], -1).split((1, 3), -1)
+    var, var_m = torch.stack([variance for _, variance in moments], -1).split((1, 3), -1)
     spread = var + (mean - mean_m).square()  # = mean((v - mean(m))^2), without cancellation
     return torch.cat(
-        [_log(mean * scale), _log(var_m * scale.square()), _log(spread * scale.square()), rank]
+        [_log(mean * scale), _log(var_m * scale.square()), _log(spread * scale.square()), rank], -1
     )
 
 
@@ -129,10 +137,10 @@ def _log(x: Tensor) -> Tensor:
     return torch.log(1e-8 + 10 * x).clamp(-5, 5) * 0.5
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all coordinates."""
-    mean = x.mean()
-    return mean, (x - mean).square().mean()
+def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over these axes."""
+    mean = x.mean(dims, keepdim=True)
+    return mean.reshape(x.shape[: x.ndim - len(dims)]), (x - mean).square().mean(dims)
 
 
 def _chunked_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fmeta
-from fmeta import _lift, trees
+from fmeta import _groups, trees
 from fmeta.optimizers import velo
 from fmeta.optimizers._velo_features import factored_axes
 from fmeta.optimizers._velo_tensor import inputs, start_losses, summary, training
@@ -168,7 +168,7 @@ def test_stacked_leaves_equal_each_alone(monkeypatch):
         return rule.step(th, params, params, h, loss=torch.tensor(1.0))
 
     stacked = step()
-    for limits in (_lift._STACKED, _lift._BATCHED):
+    for limits in (_groups.STACKED, _groups.BATCHED):
         monkeypatch.setitem(limits, "min_size", 10**9)
     torch.testing.assert_close(step(), stacked)
 
