@@ -8,6 +8,7 @@ import torch
 
 import fmeta
 from fmeta import estimators
+from fmeta.estimators import meta_losses
 from fmeta.estimators._noise import Noise
 from fmeta.estimators._perturbations import Perturbations, weighted_sums
 from fmeta.tasks import TaskFamily
@@ -83,6 +84,78 @@ def test_persistent_es(kind, trace):
     close(theta, DATA[f"pes_{kind}_theta_final"])
     close(state.params[:, 0], DATA[f"pes_{kind}_x_pos_final"])
     close(state.params[:, 1], DATA[f"pes_{kind}_x_neg_final"])
+
+
+@pytest.mark.parametrize("kind", ["fixed", "sgd"])
+@pytest.mark.parametrize(
+    ("name", "build", "options"),
+    [
+        ("tes", estimators.es, {"stagger": False}),
+        ("nres", estimators.nres, {"stagger": False}),
+        ("nres", estimators.es_single, {}),  # the same while all trainings begin together
+    ],
+    ids=["es", "nres", "es_single"],
+)
+def test_other_weights_and_perturbations(name, build, options, kind):
+    theta = DATA["theta0"]
+    est = build(
+        momentum_sgd(),
+        family(),
+        num_tasks=PAIRS,
+        horizon=HORIZON,
+        truncation=K,
+        std=SIGMA,
+        perturb=lambda meta, step, i: DATA["pes_eps"][step, i],
+        **options,
+    )
+    state = est.init(theta, 0)
+    for w in range(HORIZON // K):
+        close(theta, DATA[f"{name}_{kind}_theta"][w])
+        found, state = est.estimate(theta, state)
+        close(found.grads * K, DATA[f"{name}_{kind}_grad_sum"][w])
+        close(found.metrics["losses"][..., 0].T, DATA[f"{name}_{kind}_loss_pos"][w])
+        close(found.metrics["losses"][..., 1].T, DATA[f"{name}_{kind}_loss_neg"][w])
+        if kind == "sgd":
+            theta = theta - 0.02 * K * found.grads
+    close(theta, DATA[f"{name}_{kind}_theta_final"])
+    close(state.params[:, 0], DATA[f"{name}_{kind}_x_pos_final"])
+    close(state.params[:, 1], DATA[f"{name}_{kind}_x_neg_final"])
+
+
+WHOLE = {
+    "mean": meta_losses.mean(),
+    "sum": meta_losses.sum(),
+    "last": meta_losses.final(),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_evolution_strategies_on_whole_trainings(name):
+    est = estimators.es(
+        momentum_sgd(),
+        family(),
+        num_tasks=PAIRS,
+        horizon=HORIZON,
+        truncation=HORIZON,
+        std=SIGMA,
+        stagger=False,
+        meta_loss=WHOLE[name],
+        perturb=lambda meta, step, i: DATA["fulles_eps"][i],
+    )
+    found, _ = est.estimate(DATA["theta0"], est.init(DATA["theta0"], 0))
+    close(found.grads, DATA[f"fulles_grad_{name}"])
+    close(found.metrics["losses"][..., 0].T, DATA["fulles_loss_pos"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_true_gradient(name):
+    """Of a program's central differences, at the same meta-losses."""
+    est = estimators.full(
+        momentum_sgd(), family(), num_tasks=1, horizon=HORIZON, meta_loss=WHOLE[name]
+    )
+    found, _ = est.estimate(DATA["theta0"], est.init(DATA["theta0"], 0))
+    close(found.grads, DATA[f"true_grad_{name}"], 1e-7)
+    close(found.metrics["losses"][0], DATA["loss_curve"])
 
 
 def test_a_training_that_is_over_begins_anew_without_what_it_has_seen():
