@@ -60,16 +60,17 @@ def joined(*, backend: str | None = None, patience: float = 20.0) -> Iterator[Ra
             torch.cuda.set_device(local)
     base, rank, size = next(iter(dist.rendezvous("env://")))
     # torchrun starts all anew after a failure when it is told to, with the same store.
-    store = dist.PrefixStore(f"fmeta/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", base)
+    prefix = f"fmeta/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     # Long, because a rank may rightly wait for a slow one: the watch notices those that ended.
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore(f"{prefix}/group", base),
         rank=rank,
         world_size=size,
         timeout=timedelta(hours=12),
     )
-    watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size, patience=patience)
+    own = dist.PrefixStore(f"{prefix}/watch", base.clone())
+    watch = Watch(own, rank, size, patience=patience)
     ranks = Ranks(rank, size, None, watch)
     atexit.register(_leave_at_once, watch)
     try:

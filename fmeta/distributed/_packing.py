@@ -40,12 +40,13 @@ def unpack_rows(block: Tensor, like: Tree) -> Tree:
     for x in flat:
         width = math.prod(x.shape[1:]) * x.element_size()
         # A copy, whose beginning is aligned for any dtype.
-        part = block[:, at : at + width].contiguous().view(x.dtype)
-        found.append(part.reshape(len(block), *x.shape[1:]).to(x.device))
+        part = block[:, at : at + width].clone(memory_format=torch.contiguous_format)
+        found.append(part.view(x.dtype).reshape(len(block), *x.shape[1:]).to(x.device))
         at += width
     return trees.unflatten(spec, found)
 
 
 def _bytes(x: Tensor) -> Tensor:
     rows = x.detach().reshape(len(x), math.prod(x.shape[1:]))
-    return rows.contiguous().view(torch.uint8)
+    # Not contiguous(), which leaves odd strides where there is one row.
+    return rows.clone(memory_format=torch.contiguous_format).view(torch.uint8)

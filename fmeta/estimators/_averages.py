@@ -72,7 +72,7 @@ def mean_over_tasks(
     grads = trees.map(lambda s, x: (s / count).to(x.dtype), sums, parts)
     split = (own // group, group)
     apart = trees.map(lambda x, m: of_kept(x - m).unflatten(0, split).sum(1), parts, grads)
-    squares = sum(_rows(x.double()).square().sum(1) for x in trees.leaves(apart))
+    squares = torch.stack([_rows(x.double()).square().sum(1) for x in trees.leaves(apart)]).sum(0)
     mine = (values, kept, diverged_at, squares.repeat_interleave(group))
     (values, kept, diverged_at, squares), metrics = gathered_tasks(share, mine, metrics)
     loss = torch.where(kept, values, 0.0).sum() / kept.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fmeta.distributed import Ranks
 from fmeta.estimators._contract import Bind, Estimator, MetaLoss
 from fmeta.estimators._evolution import evolution
 from fmeta.estimators._horizons import Horizon
@@ -33,6 +34,7 @@ def pes(
     chunk_size: int | None = None,
     trace: bool = True,
     compile: bool = False,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """Persistent evolution strategies, all trainings of all particles by one `vmap`.
 
@@ -76,6 +78,8 @@ def pes(
             ``family.loss`` or the rule are no pure functions of tensors.
         compile: what was recorded is compiled: about twice as fast, after 15 to 40 seconds for
             each family (and again in each process); equal to rounding only.
+        ranks: who share the particles (`fmeta.distributed.joined`); default this process alone.
+            They exchange losses, and draw each other's perturbations again.
 
     Returns:
         An `Estimator`. All draws of estimate k and task i come from ``(seed, k, i)``. Metrics are
@@ -111,6 +115,7 @@ def pes(
         chunk_size=chunk_size,
         trace=trace,
         compile=compile,
+        ranks=ranks,
     )
 
 
