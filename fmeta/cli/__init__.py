@@ -12,7 +12,7 @@ from typing import Any
 from fmeta.cli._evaluate import EvaluateConfig, run_evaluate
 from fmeta.cli._optimizers import OptimizersConfig, run_optimizers
 from fmeta.cli._plot import PlotConfig, run_plot
-from fmeta.cli._train import train_command
+from fmeta.cli._train import is_shown_rank, train_command
 
 __all__ = ["main"]
 
@@ -22,6 +22,7 @@ _EXAMPLES = {
         "fmeta train                                meta-train on digits, evaluate, draw",
         "fmeta train --smoke --name try             the same in seconds, to see that it runs",
         "fmeta train --resume                       go on with a run that was stopped",
+        "torchrun --nproc-per-node 2 -m fmeta train the same by two processes",
     ),
     "evaluate": (
         "fmeta evaluate runs/digits                 on MLPs of a width not met in meta-training",
@@ -85,10 +86,11 @@ def _run(commands: dict[str, Callable[..., Any]], given: list[str]) -> int:
             description="Learned optimizers and meta-learning on torch.",
             args=given,
             config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=is_shown_rank(),
         )
     except SystemExit as exit:
         examples = _EXAMPLES.get(given[0], ()) if given and not exit.code else ()
-        if examples:
+        if examples and is_shown_rank():
             sys.stdout.write("\n".join(("examples:", *(f"  {line}" for line in examples))) + "\n")
         raise
     except KeyboardInterrupt:

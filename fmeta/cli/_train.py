@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from fmeta.distributed import RankLost, joined
 from fmeta.evaluate import Evaluation
 from fmeta.meta_train import TrainConfig, describe_diverged, read_config, train_on_digits
 
-__all__ = ["run_train", "train_command"]
+__all__ = ["is_shown_rank", "run_train", "train_command"]
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -64,14 +66,29 @@ def run_train(config: TrainConfig) -> int:
     from rich.console import Console
 
     console = Console()
-    checked = config.checked()
+    shows = is_shown_rank()
+    try:
+        checked = config.checked()
+    except ValueError:
+        if shows:
+            raise
+        return 1
     torch.set_num_threads(1)  # these models are small: two take as long, and twice the CPU time
     try:
-        with _progress(console, checked.num_steps) as (on_step, on_phase):
-            results = train_on_digits(config, on_step=on_step, on_phase=on_phase)
+        with joined() as ranks, _progress(console, checked.num_steps, shows) as (on_step, on_phase):
+            results = train_on_digits(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
-        _complain(_how_to_resume(config))
+        if shows:
+            _complain(_how_to_resume(config))
         return 130
+    except RankLost as lost:
+        if lost.is_told_here:
+            _complain(f"{lost}; {_how_to_resume(config)}")
+        return 1
+    except FloatingPointError:
+        if shows:  # all ranks find it
+            raise
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -80,6 +97,8 @@ def run_train(config: TrainConfig) -> int:
     except ImportError as error:  # an extra that is not installed
         _complain(str(error))
         return 1
+    if not shows:
+        return 0
     _show(console, results)
     console.print(f"everything is in {config.out}/{config.name}/ (figure: curves.png)")
     return 0
@@ -120,6 +139,11 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 def _how_to_resume(config: TrainConfig) -> str:
     if not (Path(config.out) / config.name / "config.json").exists():
         return "interrupted before the run began: nothing is lost, start it again"
+    if _processes() > 1:
+        return (
+            "the last checkpoint is saved, and --resume goes on from there, with any number of "
+            "processes: " + _resume_command(config)
+        )
     return (
         "interrupted; the last complete state is saved, and --resume goes on from there: "
         + _resume_command(config)
@@ -127,7 +151,19 @@ def _how_to_resume(config: TrainConfig) -> str:
 
 
 def _resume_command(config: TrainConfig) -> str:
-    return shlex.join(["fmeta", "train", "--resume", "--out", config.out, "--name", config.name])
+    program = ["fmeta"]
+    if _processes() > 1:
+        program = ["torchrun", "--nproc-per-node", str(_processes()), "-m", "fmeta"]
+    return shlex.join([*program, "train", "--resume", "--out", config.out, "--name", config.name])
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_shown_rank() -> bool:
+    """Whether this is the one process of the job that writes to the terminal."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _complain(text: str) -> None:
@@ -135,9 +171,14 @@ def _complain(text: str) -> None:
 
 
 @contextmanager
-def _progress(console: Any, total: int) -> Iterator[tuple[OnStep, Callable[[str], None]]]:
+def _progress(
+    console: Any, total: int, shows: bool = True
+) -> Iterator[tuple[OnStep, Callable[[str], None]]]:
     """A bar on a terminal, plain lines (about ten) elsewhere."""
     notices = _Notices()
+    if not shows:
+        yield lambda metrics: None, lambda text: None
+        return
     if not console.is_terminal:
         every = max(1, total // 10)
 

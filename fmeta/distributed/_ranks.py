@@ -28,11 +28,15 @@ class RankLost(RuntimeError):
     Attributes:
         rank: which one, -1 where it is not known.
         reason: what it said before it ended; empty when it was killed.
+        is_told_here: whether this is the one rank that should tell it: the first of those left.
     """
 
-    def __init__(self, message: str, rank: int = -1, reason: str = "") -> None:
+    def __init__(
+        self, message: str, rank: int = -1, reason: str = "", *, is_told_here: bool = True
+    ) -> None:
         super().__init__(message)
         self.rank, self.reason = rank, reason
+        self.is_told_here = is_told_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Ranks:
         held = torch.zeros(length, dtype=torch.uint8)
         if self.is_first and length:
             held = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return bytes(self.broadcast(held).tolist()) if length else b""
+        return self.broadcast(held).numpy().tobytes() if length else b""
 
     def wait_for_all(self) -> None:
         """Returns when all ranks have come here."""
@@ -184,7 +188,9 @@ class Ranks:
     def _raise_if_lost(self) -> None:
         lost = None if self.watch is None else self.watch.lost
         if lost is not None:
-            raise RankLost(_describe(lost, self.size), lost.rank, lost.reason)
+            told_here = self.rank == (1 if lost.rank == 0 else 0)
+            text = _describe(lost, self.size)
+            raise RankLost(text, lost.rank, lost.reason, is_told_here=told_here)
 
 
 def _describe(lost: Lost, size: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmeta import combinators, estimators, evaluate, optimizers, plot
+from fmeta.distributed import Ranks
 from fmeta.estimators import Estimator
 from fmeta.evaluate import Evaluation
 from fmeta.meta_train._config import TrainConfig
@@ -31,6 +34,7 @@ def train_on_digits(
     *,
     on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Runs the main job and writes ``weights.safetensors``, ``config.json``, ``metrics.jsonl``,
     ``results.json``, ``curves.png`` and ``checkpoint/`` into ``config.out/config.name``.
@@ -39,10 +43,11 @@ def train_on_digits(
         config: what to do.
         on_step: called with the metrics of each outer step.
         on_phase: called with a line of text as each phase begins.
+        ranks: who share the tasks; rank 0 alone validates, compares and writes.
 
     Returns:
         What ``results.json`` holds: a `fmeta.evaluate.Results` as a dict, and under ``"training"``
-        how meta-training ended.
+        how meta-training ended. ``{}`` on ranks but the first.
 
     Raises:
         ValueError: a configuration that cannot be meant, a rule with nothing to learn, or a run to
@@ -52,10 +57,12 @@ def train_on_digits(
         BlockingIOError: another process is running in it.
         OSError: an unwritable folder, before any work.
     """
-    return run_job(config.checked(), digits_recipe, on_step=on_step, on_phase=on_phase)
+    ranks = ranks or Ranks.alone()
+    recipe = functools.partial(digits_recipe, ranks=ranks)
+    return run_job(config.checked(), recipe, on_step=on_step, on_phase=on_phase, ranks=ranks)
 
 
-def digits_recipe(config: TrainConfig) -> Recipe:
+def digits_recipe(config: TrainConfig, ranks: Ranks) -> Recipe:
     """Models of several kinds on digits; the rule is to end with a low loss, and soon."""
     rule = config.build_rule()
     start = rule.init(torch.Generator().manual_seed(config.seed))
@@ -84,12 +91,14 @@ def digits_recipe(config: TrainConfig) -> Recipe:
         "tensorboard": _tensorboard(config),
     }
 
-    tuning = Tuning(config)
+    # Several ranks leave no core idle for it.
+    beside = config.beside and ranks.size == 1
+    tuning = Tuning(dataclasses.replace(config, beside=beside))
 
     def compare(result: Result, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         return _compare(config, rule, start, result, tuning, folder, say)
 
-    return Recipe(config.rule, {}, _estimator(config, rule), start, options, compare, tuning)
+    return Recipe(config.rule, {}, _estimator(config, rule, ranks), start, options, compare, tuning)
 
 
 def late_log_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ def late_log_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tens
     return (1 + 10 * late) / 3 * seen.clamp(max=1e4).log()
 
 
-def _estimator(config: TrainConfig, rule: Optimizer) -> Estimator:
+def _estimator(config: TrainConfig, rule: Optimizer, ranks: Ranks) -> Estimator:
     family = mixture([config.family(name) for name in config.tasks])
     if config.estimator == "full":
         return estimators.full(
@@ -113,12 +122,14 @@ def _estimator(config: TrainConfig, rule: Optimizer) -> Estimator:
             horizon=max(config.horizons),
             meta_loss=_late_log_loss_of_run,
             checkpoint="sqrt",
+            ranks=ranks,
         )
     options: dict[str, Any] = {
         "num_tasks": config.num_tasks,
         "horizon": config.horizons,
         "truncation": config.truncation,
         "meta_loss": late_log_loss,
+        "ranks": ranks,
     }
     if config.estimator == "truncated":
         return estimators.truncated(rule, family, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fmeta import _files, pretrained
+from fmeta.distributed import Ranks
 from fmeta.estimators import Estimator
 from fmeta.meta_train import _checkpoint, _loop
 from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, read_object, run_folder
@@ -17,6 +18,7 @@ __all__ = ["Recipe", "run_job"]
 
 Config = TypeVar("Config")
 Say = Callable[[str], None]
+_NEW, _RESUMED, _FINISHED = b"new", b"resumed", b"finished"
 
 
 class Recipe(NamedTuple):
@@ -48,6 +50,7 @@ def run_job(
     *,
     on_step: _loop.OnStep | None = None,
     on_phase: Say | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Runs a job in ``config.out/config.name``, or with ``config.resume`` the rest of it.
 
@@ -59,9 +62,11 @@ def run_job(
         recipe: makes the `Recipe` from it.
         on_step: called with the metrics of each outer step.
         on_phase: called with a line of text as each phase begins.
+        ranks: who meta-train together, with the estimator of the recipe; rank 0 alone writes,
+            shows and evaluates.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds; ``{}`` on ranks but the first.
 
     Raises:
         As `fmeta.meta_train.run` and the recipe's functions, and for the folder:
@@ -69,13 +74,23 @@ def run_job(
     """
     say = on_phase or (lambda text: None)
     values = dataclasses.asdict(config)
+    ranks = ranks or Ranks.alone()
+    if not ranks.is_first:
+        how = ranks.broadcast_bytes(b"")
+        if how != _FINISHED:
+            folder = Path(config.out) / config.name
+            _meta_train(recipe(config), folder, values, how, None, lambda text: None)
+        return {}
     with run_folder(Path(config.out) / config.name, values) as folder:
-        if (folder / RESULTS).exists():
+        checkpoint = folder / "checkpoint" / _checkpoint.NAME
+        how = _RESUMED if checkpoint.exists() else _NEW
+        how = ranks.broadcast_bytes(_FINISHED if (folder / RESULTS).exists() else how)
+        if how == _FINISHED:
             say(f"the run in {folder} is finished: nothing to do")
             return read_object(folder / RESULTS)
         made = recipe(config)
         with made.beside:
-            result = _meta_train(made, folder, values, on_step, say)
+            result = _meta_train(made, folder, values, how, on_step, say)
             weights = folder / WEIGHTS
             pretrained.save(weights, made.rule_name, result.meta_params, **made.rule_arguments)
             results = made.evaluate(result, folder, say)
@@ -87,6 +102,7 @@ def _meta_train(
     recipe: Recipe,
     folder: Path,
     config: Mapping[str, Any],
+    how: bytes,
     on_step: _loop.OnStep | None,
     say: Say,
 ) -> _loop.Result:
@@ -98,7 +114,7 @@ def _meta_train(
         "on_step": on_step,
     }
     steps = f"meta-training {recipe.rule_name}: {arguments['num_steps']} outer steps"
-    if (checkpoint / _checkpoint.NAME).exists():
+    if how == _RESUMED:
         say(f"{steps}, from the checkpoint on")
         return _loop.resume(checkpoint, recipe.estimator, recipe.start, **arguments)
     say(steps)

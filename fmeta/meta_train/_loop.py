@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import _files
+from fmeta.distributed import broadcast_tree, check_same
 from fmeta.estimators import Estimator
 from fmeta.meta_train import _checkpoint
 from fmeta.meta_train._lock import locked
 from fmeta.meta_train._log import StepLog
-from fmeta.meta_train._outer_step import OnStep, OuterSteps, Settings, State
+from fmeta.meta_train._outer_step import NotFinite, OnStep, OuterSteps, Settings, State
 from fmeta.optimizer import Optimizer
 
 __all__ = ["OnStep", "Result", "resume", "run"]
@@ -71,7 +72,10 @@ def run(
             out of both itself, and reports: ``metrics["diverged"]``, booleans ``(tasks,)``,
             ``metrics["diverged_at"]``, the inner steps of their trainings or -1,
             ``metrics["drawn"]``, the integers that tell which they are, and of a mixture
-            ``metrics["family"]``; see `fmeta.estimators.Estimate`.
+            ``metrics["family"]``; see `fmeta.estimators.Estimate`. One that several processes
+            make together (``estimator.ranks``) is meta-trained by all of them: each calls this with
+            the same arguments, makes the same outer steps and returns the same; rank 0 alone
+            validates, logs and writes.
         meta_params: what is learned, at its start; the caller's initialisation. The outer steps
             are not recorded for differentiation, also where these require a gradient.
         outer: any `Optimizer`, hand-made or learned; clipping and schedules are combinators.
@@ -90,7 +94,8 @@ def run(
             but the position in the stream of tasks; this many in a row are an error, after
             the metrics of the last are written to ``log``.
         checkpoint_folder: where the whole state is saved, in one file, atomically; None: nowhere.
-            On KeyboardInterrupt the last complete state is saved before the exception goes on.
+            On KeyboardInterrupt the last complete state is saved before the exception goes on
+            (of several processes the last checkpoint stays what it is).
         checkpoint_every: outer steps between saves; there is one before the first step.
         about: plain values that say which run this is (the configuration). They are saved too, and
             `resume` refuses a checkpoint of a run with others.
@@ -153,6 +158,8 @@ def resume(
 ) -> Result:
     """Goes on from a checkpoint that `run` saved, bit for bit as if it had not stopped.
 
+    The number of processes may be another one; then results are equal to rounding.
+
     Args:
         checkpoint_folder: the folder given to `run`.
         estimator, meta_params, outer, num_steps, seed: as given to `run`; of ``meta_params`` only
@@ -178,6 +185,9 @@ class _Loop:
     """`run` and `resume` from their arguments on: order, files, interruption."""
 
     def __init__(self, estimator: Estimator, meta_params: Tree, settings: Settings) -> None:
+        self.ranks, self.estimator = estimator.ranks, estimator
+        if not self.ranks.is_first:  # rank 0 alone reads and writes
+            settings = settings._replace(log=None, tensorboard=None, on_step=None)
         self.steps = OuterSteps(estimator, meta_params, settings)
         self.settings, self.about = settings, dict(settings.about or {})
 
@@ -190,8 +200,8 @@ class _Loop:
                     f"{log} is the log of another run: choose another name, delete it, or go on "
                     "with its run by resume(...)"
                 )
-        if folder is None:
-            return self.go(state)
+        if folder is None or not self.ranks.is_first:
+            return self.begin(state)
         _files.by_path(state)  # raises where it cannot be saved, before any work
         with locked(_files.writable_folder(folder)):
             _files.remove_leftovers(Path(folder))
@@ -201,20 +211,35 @@ class _Loop:
                     f"{path} is the checkpoint of another run: go on with it by resume(...), "
                     "delete it, or choose another folder"
                 )
-            self.save(state)  # from here on a killed run can be resumed
-            return self.go(state)
+            return self.begin(state)
 
     def from_checkpoint(self, path: Path) -> Result:
+        state = self.steps.start()
+        state = state._replace(estimator=self.estimator.gather(state.estimator))
+        if not self.ranks.is_first:
+            return self.go(self.handed_out(state))
         _checkpoint.require(path)  # before its folder is made
         with locked(_files.writable_folder(path.parent)):
             _files.remove_leftovers(path.parent)
-            state = _checkpoint.load(path, self.steps.start(), self.about)
+            state = _checkpoint.load(path, state, self.about)
             if state.seed != self.settings.seed:
                 raise ValueError(
                     f"{path} is of a run with seed {state.seed}, not {self.settings.seed}: resume "
                     "with its seed"
                 )
-            return self.go(state)
+            return self.go(self.handed_out(state))
+
+    def begin(self, state: State) -> Result:
+        s = self.settings
+        start = (state.meta_params, state.hidden, s.num_steps, s.seed)
+        check_same(start, self.ranks, "meta-parameters, an outer optimizer, num_steps or a seed")
+        self.save(state)  # from here on a killed run can be resumed
+        return self.go(state)
+
+    def handed_out(self, state: State) -> State:
+        """The state that rank 0 has read, of which each rank keeps its part."""
+        state = broadcast_tree(state, self.ranks)
+        return state._replace(estimator=self.estimator.scatter(state.estimator))
 
     def go(self, state: State) -> Result:
         s = self.settings
@@ -239,8 +264,10 @@ class _Loop:
                         log.sync()
                         self.save(state)
                         saved = state.step
-            except (KeyboardInterrupt, FloatingPointError):
-                if state.step > saved or state.step == 0:
+            except (KeyboardInterrupt, FloatingPointError) as error:
+                # Several ranks can only save together, so not where one of them was stopped.
+                together = self.ranks.size == 1 or isinstance(error, NotFinite)
+                if together and (state.step > saved or state.step == 0):
                     log.sync()
                     self.save(state)
                 raise
@@ -250,5 +277,9 @@ class _Loop:
 
     def save(self, state: State) -> None:
         folder = self.settings.checkpoint_folder
-        if folder is not None:
+        if folder is None:
+            return
+        check_same((state.meta_params, state.hidden), self.ranks, "meta-parameters")
+        state = state._replace(estimator=self.estimator.gather(state.estimator))
+        if self.ranks.is_first:
             _checkpoint.save(Path(folder) / _checkpoint.NAME, state, self.about)

@@ -16,7 +16,7 @@ from fmeta.meta_train._diverged import describe, diverged_tasks
 from fmeta.meta_train._log import summary_writer
 from fmeta.optimizer import Optimizer, check_optimizer_type
 
-__all__ = ["OnStep", "OuterSteps", "Settings", "State"]
+__all__ = ["NotFinite", "OnStep", "OuterSteps", "Settings", "State"]
 
 Tree = Any
 OnStep = Callable[[dict[str, Any]], None]
@@ -75,6 +75,10 @@ class State(NamedTuple):
     skipped_in_a_row: int
 
 
+class NotFinite(FloatingPointError):
+    """An outer step that cannot be made, found by all ranks alike."""
+
+
 class OuterSteps:
     """The functions from state to state that a run consists of; it holds no state itself."""
 
@@ -83,6 +87,7 @@ class OuterSteps:
         if not any(isinstance(x, Tensor) for x in trees.leaves(meta_params)):
             raise ValueError("meta_params hold no tensor: there is nothing to learn")
         self.estimator, self.settings, self.outer = estimator, settings, settings.outer
+        self.ranks = estimator.ranks
         given = settings.outer_params
         self.outer_params = self.outer.init() if given is None else given
         # Those that require a gradient would grow a graph from step to step.
@@ -131,7 +136,7 @@ class OuterSteps:
             )
             for path, x in _files.by_path(params).items():
                 if isinstance(x, Tensor) and not x.isfinite().all():
-                    raise FloatingPointError(
+                    raise NotFinite(
                         f"outer step {state.step}: the outer optimizer made the meta-parameter at "
                         f"{path} non-finite, from a finite meta-gradient: lower its learning rate"
                     )
@@ -148,7 +153,7 @@ class OuterSteps:
         if state.skipped_in_a_row >= most:
             where = describe(metrics)
             where = f"{where};" if where else f"outer step {metrics['step']}:"
-            raise FloatingPointError(
+            raise NotFinite(
                 f"{where} the meta-loss is {metrics['meta_loss']} and the meta-gradient's norm "
                 f"{metrics['meta_grad_norm']} ({state.skipped_in_a_row} such steps in a row, "
                 f"max_skipped is {most}): shorten the horizon, lower the outer learning rate, or "
@@ -167,7 +172,9 @@ class OuterSteps:
         if self.settings.validate is None:
             return state, None
         params = self.judged(state)
-        value = float(self.settings.validate(params))
+        # One rank judges, so that all go on from the same value.
+        value = float(self.settings.validate(params)) if self.ranks.is_first else 0.0
+        value = float(self.ranks.broadcast(torch.tensor(value, dtype=torch.float64)))
         if value < state.best_value:  # never true for NaN
             return state._replace(best_params=params, best_value=value, misses=0), value
         return state._replace(misses=state.misses + 1), value
