@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from fmeta import trees
+from fmeta._chunks import chunkable, form_in_chunks
 from fmeta._leafwise import applied_as_is, is_leafwise, leafwise
 from fmeta.optimizer import Hidden, Optimizer
 
@@ -131,6 +132,18 @@ def learn(
     applied_as_is(update, base)
     if is_leafwise(base):
         leafwise(update)
+    if form_in_chunks(base):
+
+        def in_chunks(coordinates: int) -> Callable[..., Any]:
+            def update(
+                opt_params: Tree, model_params: Tree, grads: Tree, hidden: Hidden, **extra: Any
+            ) -> tuple[Tree, Hidden]:
+                form: Any = form_in_chunks(natural(opt_params, model_params))
+                return form(coordinates)({}, model_params, grads, hidden, **extra)
+
+            return leafwise(update)
+
+        chunkable(update, in_chunks)
 
     def eval_params(opt_params: Tree, model_params: Tree, hidden: Hidden) -> Tree:
         return natural(opt_params, model_params).eval_params({}, model_params, hidden)

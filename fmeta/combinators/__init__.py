@@ -3,6 +3,7 @@
 from fmeta.combinators._accumulate import accumulate
 from fmeta.combinators._average import averaged
 from fmeta.combinators._chain import chain
+from fmeta.combinators._chunked import chunked
 from fmeta.combinators._clip import clip_by_global_norm, clip_by_value
 from fmeta.combinators._finite import apply_if_finite
 from fmeta.combinators._lookahead import lookahead
@@ -19,6 +20,7 @@ __all__ = [
     "apply_if_finite",
     "averaged",
     "chain",
+    "chunked",
     "clip_by_global_norm",
     "clip_by_value",
     "hidden_dtype",

@@ -17,6 +17,7 @@ from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema
 from fmeta.optimizers._features import is_unobserved, start_factored
 from fmeta.optimizers._fused import FUSED_NUMEL
 from fmeta.optimizers._layout import small_matrices_first
+from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
 from fmeta.optimizers._normalized_mlp_fused import fused_delta
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
@@ -144,6 +145,7 @@ def normalized_mlp(
         vector_lr_mult: Any,
         batch: int = 0,
         own: bool = False,
+        chunk: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if by_adamw(p.ndim - batch):
             return _adamw(p, g, h, lr * vector_lr_mult, weight_decay)
@@ -165,7 +167,10 @@ def normalized_mlp(
             )
             means = squared_means(g, axes.factored, size_of(p))
             return _in_layout(passes, th, p, g, h, axes, means, lr, weight_decay, post, batch)
-        step, h = direction(th, p, g, h, axes)
+        if chunk is None or p.numel() <= chunk:
+            step, h = direction(th, p, g, h, axes)
+        else:
+            step, h = chunked_direction(th, p, g, h, axes, chunk)
         if post is not None and axes.factored is not None:
             step = post(step)
         return normalized_delta(step, p, lr, weight_decay, axes), h
@@ -184,6 +189,7 @@ def normalized_mlp(
         },
         batched=True,
         owning=True,
+        chunks=lambda coordinates: functools.partial(update, chunk=coordinates),
     )
 
 
