@@ -11,6 +11,7 @@ from typing import Any
 from fmeta import functional, optimizers, pretrained, random, schedules, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._learn import learn
+from fmeta._recomputed import recomputed
 from fmeta._scan import scan
 from fmeta._tensorwise import tensorwise
 from fmeta._treewise import treewise
@@ -81,6 +82,7 @@ __all__ = [
     "partition",
     "pretrained",
     "random",
+    "recomputed",
     "scan",
     "scheduled",
     "schedules",

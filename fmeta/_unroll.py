@@ -11,6 +11,7 @@ from torch import Tensor
 from fmeta import _guard, trees
 from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._mixed import mixed_grad_and_value
+from fmeta._remat import remat
 from fmeta._scan import CURE, checked_args, loop_length, scan
 from fmeta.optimizer import (
     Optimizer,
@@ -67,6 +68,7 @@ def inner_step(
     loss_args: Sequence[Tree] = (),
     first_order: bool | str = False,
     mixed_mode: bool = False,
+    recompute: str | None = None,
 ) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
     """One step of inner training as a pure function.
 
@@ -75,7 +77,7 @@ def inner_step(
         loss_fn: ``(params, batch, *loss_args) -> scalar``, or with a model state
             ``(params, batch, model_state, *loss_args) -> (scalar, model_state)``.
         loss_args: default of the step's argument of that name.
-        first_order, mixed_mode: as in `unroll`.
+        first_order, mixed_mode, recompute: as in `unroll`.
 
     Returns:
         ``step(opt_params, state, batch, *, loss_args=(), extras=None) -> (state, metrics)`` with an
@@ -87,7 +89,8 @@ def inner_step(
             that do not match (with the path).
     """
     check_optimizer_type(optimizer, "optimizer")
-    run = _step(optimizer, loss_fn, _order(first_order), mixed_mode)
+    _check_recompute(recompute, mixed_mode)
+    run = _step(optimizer, loss_fn, _order(first_order), mixed_mode, recompute)
     default_args = checked_args(loss_args, "loss_args")
 
     def step(
@@ -102,17 +105,28 @@ def inner_step(
         if mixed_mode:
             _guard_loss(loss_fn, state.params, batch, state.model_state, args)
         _check_extras(extras)
+        if recompute is not None:
+            _guard.refuse_closures_and_noise(run, opt_params, state, batch, args, extras, cure=CURE)
         return run(opt_params, state, batch, args, extras)
 
     return step
 
 
 def _step(
-    optimizer: Optimizer, loss_fn: Callable[..., Any], order: str | None, mixed_mode: bool
+    optimizer: Optimizer,
+    loss_fn: Callable[..., Any],
+    order: str | None,
+    mixed_mode: bool,
+    recompute: str | None,
 ) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
     gradient: Callable[..., Any] = mixed_grad_and_value if mixed_mode else grad_and_value
     if not optimizer.reads_grads:
         gradient = _no_gradient
+    update: Callable[..., Any] = optimizer.update
+    if recompute in ("gradient", "both"):
+        gradient = _recomputed_gradient(gradient)
+    if recompute in ("rule", "both"):
+        update = _recomputed_update(optimizer)
 
     def step(
         opt_params: Tree, state: InnerState, batch: Tree, args: Any, extras: Any
@@ -138,7 +152,7 @@ def _step(
             _check_found(extras, optimizer.needs)
             if order == "inputs":
                 extras = _detached(extras)
-        delta, hidden = optimizer.update(
+        delta, hidden = update(
             opt_params, read_params, grads, hidden, loss=read_loss, extras=extras
         )
         return InnerState(apply_updates(params, delta), hidden, new_state), {"loss": loss}
@@ -161,6 +175,7 @@ def unroll(
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
+    recompute: str | None = None,
     eval_batches: Tree = None,
     eval_loss_fn: Callable[..., Any] | None = None,
 ) -> Run:
@@ -178,7 +193,7 @@ def unroll(
         model_params: initial parameters, tree of floating tensors.
         batches: tree of tensors with leading dimension T; step t sees slice t.
         loss_args: trees that the loss reads beside the batch: whatever is being differentiated or
-            batched from outside must stand here under ``checkpoint`` or ``mixed_mode``.
+            batched from outside must stand here under ``checkpoint``, ``mixed_mode`` or ``recompute``.
         hidden: the optimizer's state to go on from; by default ``optimizer.init_hidden``.
         num_steps: horizon for ``init_hidden``, int or scalar tensor; default T.
         model_state: the model's state to start from, any tree of tensors.
@@ -196,6 +211,11 @@ def unroll(
         mixed_mode: Hessian-vector products forward over reverse (2505.00793): same values, less
             memory a step, more time on small models. With ``first_order`` there is no such
             product to take, so the two together are refused.
+        recompute: what of a step is computed again in the backward pass, so that its graph is not
+            kept: ``None``, ``"gradient"`` (the model's: loss and inner backward pass), ``"rule"``
+            (the optimizer's update) or ``"both"``. Under ``checkpoint`` it bounds what is held
+            while a step is differentiated: the larger of the two graphs, not their sum. Mixed mode
+            recomputes the gradient anyway. For a rule in chunks of coordinates see `chunked`.
         eval_batches: tree with leading dimension T; after update t, slice t is evaluated.
         eval_loss_fn: like ``loss_fn`` (its model state is discarded); default ``loss_fn``.
 
@@ -205,7 +225,7 @@ def unroll(
     Raises:
         ValueError: T = 0 or leading dimensions that differ, trees that do not match, something
             that the rule needs and did not get, unknown options, closed-over traced tensors under
-            ``checkpoint`` or ``mixed_mode``.
+            ``checkpoint``, ``mixed_mode`` or ``recompute``.
         TypeError: a parameter that is not a floating tensor (with its path), a builder in place of
             an optimizer, ``loss_args`` that are no tuple, ``extras`` that are neither a dict nor
             a function that gives one.
@@ -228,6 +248,7 @@ def unroll(
             f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
             "takes no second derivative that mixed mode could make cheaper; drop one of the two"
         )
+    _check_recompute(recompute, mixed_mode)
     if eval_loss_fn is not None and eval_batches is None:
         raise ValueError("eval_loss_fn is given without eval_batches: give both")
     computed = extras if callable(extras) else None
@@ -244,7 +265,7 @@ def unroll(
             opt_params, model_params, num_steps=total if num_steps is None else num_steps
         )
     start = InnerState(model_params, hidden, () if model_state is None else model_state)
-    step = _step(optimizer, loss_fn, _order(first_order), mixed_mode)
+    step = _step(optimizer, loss_fn, _order(first_order), mixed_mode, recompute)
     evaluate = loss_fn if eval_loss_fn is None else eval_loss_fn
     args = checked_args(loss_args, "loss_args")
 
@@ -260,12 +281,45 @@ def unroll(
         check_scalar(value, "eval_loss_fn")
         return state, (metrics["loss"], value)
 
-    if mixed_mode:
-        first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, batches)
-        _guard_loss(loss_fn, model_params, first, start.model_state, args)
+    if (mixed_mode or recompute) and checkpoint is None:  # a checkpointed scan looks by itself
+        first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, xs)
+        if recompute is None:
+            _guard_loss(loss_fn, model_params, first["batches"], start.model_state, args)
+        else:
+            _guard.refuse_closures_and_noise(body, start, first, opt_params, args, cure=CURE)
     state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
     evals = ys[1] if len(ys) > 1 else ()
     return Run(ys[0], state.params, state.hidden, state.model_state, evals)
+
+
+def _recomputed_gradient(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    def again(fn: Callable[..., Any], *args: Tree) -> Any:
+        return remat(lambda *args: gradient(fn, *args))(*args)
+
+    return again
+
+
+def _recomputed_update(optimizer: Optimizer) -> Callable[..., Any]:
+    def update(*args: Tree, loss: Tensor, extras: Mapping[str, Any] | None) -> Any:
+        # What the rule does not need is not handed in: each argument costs a gradient.
+        loss_and_extras = (loss, extras and dict(extras)) if optimizer.needs else (None, None)
+
+        def fn(args: Tree, loss: Any, extras: Any) -> Any:
+            return optimizer.update(*args, loss=loss, extras=extras)
+
+        return remat(fn)(args, *loss_and_extras)
+
+    return update
+
+
+def _check_recompute(recompute: Any, mixed_mode: bool) -> None:
+    if recompute not in (None, "gradient", "rule", "both"):
+        raise ValueError(f'recompute must be None, "gradient", "rule" or "both", got {recompute!r}')
+    if mixed_mode and recompute in ("gradient", "both"):
+        raise ValueError(
+            f"mixed_mode=True cannot be combined with recompute={recompute!r}: mixed mode computes "
+            'the gradient again by itself; give recompute="rule" or None'
+        )
 
 
 def _guard_loss(
