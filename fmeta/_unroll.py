@@ -193,7 +193,8 @@ def unroll(
         model_params: initial parameters, tree of floating tensors.
         batches: tree of tensors with leading dimension T; step t sees slice t.
         loss_args: trees that the loss reads beside the batch: whatever is being differentiated or
-            batched from outside must stand here under ``checkpoint``, ``mixed_mode`` or ``recompute``.
+            batched from outside must stand here under ``checkpoint``, ``mixed_mode`` or
+            ``recompute``.
         hidden: the optimizer's state to go on from; by default ``optimizer.init_hidden``.
         num_steps: horizon for ``init_hidden``, int or scalar tensor; default T.
         model_state: the model's state to start from, any tree of tensors.
@@ -225,7 +226,8 @@ def unroll(
     Raises:
         ValueError: T = 0 or leading dimensions that differ, trees that do not match, something
             that the rule needs and did not get, unknown options, closed-over traced tensors under
-            ``checkpoint``, ``mixed_mode`` or ``recompute``.
+            ``checkpoint``, ``mixed_mode`` or
+            ``recompute``.
         TypeError: a parameter that is not a floating tensor (with its path), a builder in place of
             an optimizer, ``loss_args`` that are no tuple, ``extras`` that are neither a dict nor
             a function that gives one.
