@@ -79,7 +79,8 @@ def run_train(config: TrainConfig) -> int:
             results = train_on_digits(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
         if shows:
-            _complain(_how_to_resume(config))
+            why = "stopped, by hand or because another process ended (torchrun names it); "
+            _complain((why if _processes() > 1 else "") + _how_to_resume(config))
         return 130
     except RankLost as lost:
         if lost.is_told_here:

@@ -1,9 +1,12 @@
 """What the processes of these tests do: each function gets its ranks and gives tensors by name."""
 
+import time
+
 import torch
 
 import fmeta
-from fmeta import estimators, trees
+from fmeta import distributed, estimators, trees
+from fmeta.meta_train import resume, run
 from fmeta.tasks import TaskFamily, mixture
 
 RULE = fmeta.learn(fmeta.optimizers.adam, {"lr": "log", "betas": "log1m"}, lr=0.05)
@@ -45,6 +48,8 @@ ESTIMATORS = {
     "pes, two tasks a particle": lambda **o: estimators.pes(
         RULE, QUADRATIC, num_tasks=6, num_particles=3, **OPTIONS, **o
     ),
+    "es": lambda **o: estimators.es(RULE, QUADRATIC, num_tasks=5, **OPTIONS, **o),
+    "nres": lambda **o: estimators.nres(RULE, MIXED, num_tasks=5, **OPTIONS, **o),
     "pes, one copy": lambda **o: estimators.pes(
         RULE, QUADRATIC, num_tasks=5, antithetic=False, **OPTIONS, **o
     ),
@@ -52,16 +57,164 @@ ESTIMATORS = {
 
 
 def estimates(name, ranks, count=4):
-    """Everything that some estimates one after the other give, and the whole state after them."""
+    """Some estimates one after the other, and the whole state after them, as paths and tensors."""
     estimator = ESTIMATORS[name](ranks=ranks)
-    state = estimator.init(META, 7)
-    found = []
+    state, found = estimator.init(META, 7), []
     for _ in range(count):
-        # Through the form in which it is saved, as on resuming.
         estimate, state = estimator.estimate(META, state)
-        found.append(estimate)
-    return found, estimator.gather(state)
+        found.append({"loss": estimate.loss, "grads": estimate.grads, "metrics": estimate.metrics})
+    return {"estimates": by_path(found), "state": by_path(estimator.gather(state))}
 
 
-def all_estimates(ranks, folder):
-    return {name: [x._asdict() for x in estimates(name, ranks)[0]] for name in ESTIMATORS}
+def by_path(tree):
+    leaves = [torch.as_tensor(x) for x in trees.leaves(tree)]
+    return dict(zip(trees.paths(tree), leaves, strict=True))
+
+
+def digits_estimate(ranks):
+    """A float32 estimate of the kind that the main job makes, the second one."""
+    rule = fmeta.optimizers.basis_mlp()
+    family = fmeta.tasks.digits((8,), batch_size=16)
+    estimator = estimators.pes(
+        rule, family, num_tasks=5, horizon=20, truncation=10, std=0.03, ranks=ranks
+    )
+    state = estimator.init(rule.init(), 3)
+    _, state = estimator.estimate(rule.init(), state)
+    return estimator.estimate(rule.init(), state)[0].grads
+
+
+def traffic(ranks, width):
+    """Bytes that this rank contributes to an estimate for a rule of so many weights."""
+    sent = []
+    counting = distributed.Ranks(
+        ranks.rank, ranks.size, None, ranks.watch, lambda kind, size: sent.append((kind, size))
+    )
+    rule = fmeta.learn(fmeta.optimizers.sgd, {"lr": "log"}, lr=0.01)
+    meta = {"weights": torch.zeros(width), **rule.init()}
+    found = {}
+    for name, build in (("pes", estimators.pes), ("full", estimators.full)):
+        extra = {"truncation": 4} if name == "pes" else {}
+        estimator = build(
+            rule,
+            QUADRATIC,
+            num_tasks=4,
+            horizon=4,
+            bind=lambda meta, config: ({"lr": meta["lr"]}, None),
+            ranks=counting,
+            **extra,
+        )
+        sent.clear()
+        estimator.estimate(meta, estimator.init(meta, 0))
+        found[name] = [f"{kind} {size}" for kind, size in sent]
+    return found
+
+
+def mean(ranks):
+    """`all_reduce_mean` of trees of several dtypes, with tasks 1 and 3, and with a rank of none."""
+    x = float(ranks.rank)
+    half = {"dtype": torch.bfloat16}
+    tree = {"w": torch.full((2, 3), x), "none": None, "half": torch.full((2,), x, **half)}
+    tree["double"] = torch.tensor(1 / 3 + x, **DOUBLE)
+    weighed = distributed.all_reduce_mean(tree, weight=1 + 2 * ranks.rank)
+    bad = {"w": torch.tensor([1.0 if ranks.is_first else torch.nan])}
+    left_out = distributed.all_reduce_mean(bad, weight=1 - ranks.rank, ranks=ranks)
+    return {"weighed": weighed, "left out": left_out}
+
+
+def same(ranks):
+    """What is said where the ranks do not hold the same."""
+    distributed.check_same({"a": torch.ones(2), "b": None, "c": 3}, ranks, "trees")
+    try:
+        distributed.check_same({"a": torch.tensor(ranks.rank)}, ranks, "trees")
+    except ValueError as error:
+        return str(error)
+
+
+def handed_out(ranks):
+    """Rank 0's tree, whatever the others have."""
+    if ranks.is_first:
+        x = torch.arange(3.0)
+        tree = {"x": x, "again": x, "n": 0.1, "none": None, "wide": torch.ones(2, 2, **DOUBLE)}
+    else:
+        tree = {"x": torch.zeros(()), "again": torch.zeros(1), "n": 0, "none": None}
+        tree["wide"] = torch.zeros(0)
+    return distributed.broadcast_tree(tree, ranks)
+
+
+def everything(ranks, folder):
+    return {
+        "estimates": {name: estimates(name, ranks) for name in ESTIMATORS},
+        "digits": digits_estimate(ranks),
+        "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
+        "mean": mean(ranks),
+        "same": same(ranks),
+        "handed out": handed_out(ranks),
+        "run": meta_trained(ranks, folder / "run"),
+    }
+
+
+SOME = ("truncated, a mixture", "pes, two tasks a particle", "nres")
+
+
+def some_estimates(ranks, folder):
+    return {name: estimates(name, ranks, 3) for name in SOME}
+
+
+def meta_trained(ranks, folder, *, num_steps=12, on_step=None):
+    """A run in a folder, or the rest of it: what it returns, and its log."""
+    estimator = ESTIMATORS["pes, a mixture"](ranks=ranks)
+    outer = fmeta.chain(fmeta.clip_by_global_norm(1.0), fmeta.optimizers.adam(0.05))
+    target = trees.map(lambda x: x + 1, META)
+    options = {
+        "outer": outer,
+        "num_steps": num_steps,
+        "averaging": 0.5,
+        "validate": lambda meta: sum(
+            (x - y).square().sum()
+            for x, y in zip(trees.leaves(meta), trees.leaves(target), strict=True)
+        ),
+        "validate_every": 3,
+        "checkpoint_every": 4,
+        "log": folder.with_suffix(".jsonl"),
+        "on_step": on_step,
+    }
+    if (folder / "state.safetensors").exists():
+        result = resume(folder, estimator, META, **options)
+    else:
+        result = run(estimator, META, checkpoint_folder=folder, **options)
+    history = [{k: v for k, v in m.items() if isinstance(v, int | float)} for m in result.history]
+    return {"meta_params": result.meta_params, "history": history, "step": result.step}
+
+
+def goes_on(ranks, folder):
+    """As `meta_trained`, wherever a job before it stands."""
+    return meta_trained(ranks, folder / "run")
+
+
+def half(ranks, folder):
+    """A run of which rank 0 is interrupted after the outer step 6."""
+    meta_trained(ranks, folder / "run", on_step=_interrupt)
+
+
+def _interrupt(metrics):
+    if metrics["step"] == 6:
+        raise KeyboardInterrupt
+
+
+def slow(ranks, folder):
+    """A run slow enough to be killed in its middle."""
+    made = ESTIMATORS["pes, a mixture"](ranks=ranks)
+
+    def slowly(meta_params, state):
+        time.sleep(0.2)
+        return made.estimate(meta_params, state)
+
+    ESTIMATORS["pes, a mixture"] = lambda ranks: made._replace(estimate=slowly)
+    return meta_trained(ranks, folder / "run", num_steps=12)
+
+
+def fails_on_one(ranks, folder):
+    """One rank raises where the others wait for it."""
+    if ranks.rank == 1:
+        raise ValueError("no such task")
+    ranks.wait_for_all()

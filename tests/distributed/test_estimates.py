@@ -1,0 +1,68 @@
+"""An estimate is the same on any number of ranks, and what they exchange does not grow with it."""
+
+import pytest
+import torch
+
+from fmeta.distributed import Ranks
+
+
+def close(got, want, tolerance=1e-9):
+    assert list(got) == list(want)
+    for path, x in want.items():
+        torch.testing.assert_close(
+            got[path],
+            x,
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m, path=path: f"{path}: {m}",
+        )
+
+
+@pytest.fixture(scope="module")
+def alone(jobs):
+    return {name: jobs.estimates(name, Ranks.alone()) for name in jobs.ESTIMATORS}
+
+
+def test_two_ranks_give_what_one_does(alone, on_two):
+    for name, want in alone.items():
+        close(on_two[0]["estimates"][name]["estimates"], want["estimates"])
+        close(on_two[0]["estimates"][name]["state"], want["state"])
+    some = torch.cat(
+        [x for w in alone.values() for p, x in w["estimates"].items() if "diverged" in p]
+    )
+    assert some.any()  # tasks that diverge are among them
+
+
+def test_four_ranks_give_what_one_does_also_those_without_a_task(jobs, start, tmp_path):
+    found = start("some_estimates", tmp_path, 4).results()
+    for name in jobs.SOME:
+        want = jobs.estimates(name, Ranks.alone(), 3)
+        close(found[0][name]["estimates"], want["estimates"])
+        close(found[0][name]["state"], want["state"])
+        for other in found[1:]:
+            close(other[name]["estimates"], found[0][name]["estimates"], 0)
+
+
+def test_ranks_hold_the_same_bit_for_bit(on_two):
+    for name, want in on_two[0]["estimates"].items():
+        close(on_two[1]["estimates"][name]["estimates"], want["estimates"], 0)
+
+
+def test_float32_on_digits_to_1e_6_of_its_norm(jobs, on_two):
+    want = jobs.by_path(jobs.digits_estimate(Ranks.alone()))
+    got = jobs.by_path(on_two[0]["digits"])
+    apart, norm = (
+        torch.cat([x.double().flatten() for x in xs]).norm()
+        for xs in ([got[p] - x for p, x in want.items()], want.values())
+    )
+    assert apart <= 1e-6 * norm
+
+
+def test_evolution_strategies_exchange_scalars_and_gradients_one_sum(on_two):
+    few, many = on_two[0]["traffic"][10], on_two[0]["traffic"][1000]
+    assert few["pes"] == many["pes"]
+    kinds = [text.split()[0] for text in many["full"]]
+    assert kinds == ["all_reduce", "all_gather"]
+    reduced = [int(found["full"][0].split()[1]) for found in (few, many)]
+    assert reduced == [4 * (10 + 2), 4 * (1000 + 2)]  # the weights, a rate, the number of tasks
