@@ -286,8 +286,8 @@ def test_resuming_a_damaged_checkpoint_says_so(tmp_path, monkeypatch, capsys):
         (["--eval-task", "mlp:8:relo"], "task 'mlp:8:relo': unknown activation 'relo'"),
         (["--num-tasks", "1"], "num_tasks must be at least the number of tasks, got 1"),
         (["--baselines", "adan"], "unknown baseline 'adan': did you mean adam"),
-        (["--estimator", "ps"], "estimator must be one of pes, truncated, full, got 'ps'"),
-        (["--estimator", "full", "--compile"], "compile goes with the estimator pes"),
+        (["--estimator", "ps"], "estimator must be one of pes, nres, es_single, es, trun"),
+        (["--estimator", "full", "--compile"], "compile goes with the estimators pes, nres"),
         (["--eval-seeds", "1"], "eval_seeds must be at least 2"),
         (["--outer-lr", "0"], "outer_lr must be positive, got 0"),
         (["--outer-lr", "nan"], "outer_lr must be positive, got nan"),
@@ -355,7 +355,7 @@ def test_an_optimizer_that_is_not_there(capsys):
     assert "did you mean adam" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("estimator", ["truncated", "full"])
+@pytest.mark.parametrize("estimator", ["nres", "es_single", "truncated", "full"])
 def test_every_estimator_trains(tmp_path, finished, estimator):
     assert train(tmp_path, "--estimator", estimator) == 0
     other, of_pes = (metrics(f)[0] for f in (tmp_path, finished))

@@ -42,8 +42,8 @@ def es(
     two copies of a task is multiplied by the perturbation ``eps`` under which they were made,
     ``sum_i eps_i (L+_i - L-_i) / (2 num_tasks std^2)``. What ``eps`` does to the losses after its
     truncation is cut off, as in `truncated`, and the estimate is biased in the same way, towards
-    what pays off at once; in return it is the least noisy of its kind. It has no such bias where K
-    is a multiple of the horizon (of each, of several): then it is plain evolution strategies on
+    what pays off at once; in return it is less noisy than those without. It has no such bias where
+    K is a multiple of the horizon (of each, of several): then it is plain evolution strategies on
     whole trainings.
 
     Args:

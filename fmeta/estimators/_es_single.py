@@ -43,8 +43,8 @@ def es_single(
     ``sum_i eps_i (L+_i - L-_i) / (2 num_tasks std^2)``: evolution strategies on the whole of
     training, interrupted every K steps for an outer step. The sum over a training's truncations is
     exactly what evolution strategies on the whole would give, so while ``meta_params`` do not
-    change it is unbiased (but for terms of order ``std^2``), and its noise does not grow with the
-    number of truncations as that of `pes` does.
+    change it is unbiased (but for terms of order ``std^2``), and as noisy as that, however many
+    truncations there are.
 
     A pair's part is that of `nres`. What differs is when trainings begin: here all at once and of
     one horizon, as in the paper, where the particles work through one inner problem together. So

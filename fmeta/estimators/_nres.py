@@ -42,9 +42,10 @@ def nres(
     A training draws its perturbation ``eps`` when it begins and keeps it to its end. Every estimate
     advances all trainings by a truncation of K steps, wherever each of them is, and is ``sum_i
     eps_i (L+_i - L-_i) / (2 num_tasks std^2)`` of the losses of these steps. Since ``eps`` is what
-    has shaped the training so far, no part of it is cut off, as in `pes`, and of all perturbations
-    that can be drawn anew on the way these have the least noise where the parts of a training pull
-    in one direction: that of `pes` grows with the number of truncations.
+    has shaped the training so far, no part of it is cut off, as in `pes`, and the noise is less:
+    where perturbations of the w truncations up to now would change the losses by ``sum_v g_v
+    eps_v``, the variance of a pair's part is ``(d + 1) |sum_v g_v|^2`` for d meta-parameters, that
+    of `pes` ``d w sum_v |g_v|^2 + |sum_v g_v|^2``, which is never less (to first order).
 
     A pair's part is that of `es_single`. What differs is when trainings begin: here each for
     itself, with horizons of its own and at different phases (``stagger``), so that one estimate

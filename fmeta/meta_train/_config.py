@@ -12,7 +12,8 @@ from fmeta.tasks import TaskFamily
 
 __all__ = ["TrainConfig"]
 
-ESTIMATORS = ("pes", "truncated", "full")
+EVOLUTION = ("pes", "nres", "es_single", "es")
+ESTIMATORS = (*EVOLUTION, "truncated", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,15 @@ class TrainConfig:
     online: bool = True
     """Shift, rotate and noise every batch afresh, so that training loss tells generalisation."""
     estimator: str = "pes"
-    """Of the meta-gradient: pes, truncated (backpropagation through pieces) or full (the whole)."""
+    """Of the meta-gradient: pes, nres, es_single, es, truncated (backprop of pieces) or full."""
     num_tasks: int = 33
-    """Trainings that one meta-gradient averages over (pes: pairs of them)."""
+    """Trainings that one meta-gradient averages over (perturbed ones: pairs of them)."""
     horizons: tuple[int, ...] = (50, 100, 200)
     """Inner steps of a training; each gets one of these (full: the longest)."""
     truncation: int = 20
     """Inner steps between two outer steps (not for full)."""
     std: float = 0.03
-    """Standard deviation of the perturbations (pes only)."""
+    """Standard deviation of the perturbations (of pes, nres, es_single and es)."""
     num_steps: int = 220
     """Outer steps."""
     outer_lr: float = 4e-3
@@ -72,7 +73,7 @@ class TrainConfig:
     baselines: tuple[str, ...] = tuple(BASELINES)
     """Hand-made optimizers to tune and beat; longer trainings have adam, and two with a cosine."""
     compile: bool = False
-    """Compile the inner step (pes only): twice as fast, after 15 to 40 seconds for each task."""
+    """Compile the inner step (pes and its like): twice as fast, after 15 to 40 s for each task."""
     tensorboard: bool = False
     """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
     beside: bool = True
@@ -99,8 +100,11 @@ class TrainConfig:
                 f"num_tasks must be at least the number of tasks, got {self.num_tasks} for "
                 f"{len(self.tasks)} kinds"
             )
-        if self.compile and self.estimator != "pes":
-            raise ValueError(f"compile goes with the estimator pes, not with {self.estimator}")
+        if self.compile and self.estimator not in EVOLUTION:
+            raise ValueError(
+                f"compile goes with the estimators {', '.join(EVOLUTION)}, not with "
+                f"{self.estimator}"
+            )
         get_baselines(self.baselines)
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")

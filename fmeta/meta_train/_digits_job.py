@@ -133,13 +133,9 @@ def _estimator(config: TrainConfig, rule: Optimizer, ranks: Ranks) -> Estimator:
     }
     if config.estimator == "truncated":
         return estimators.truncated(rule, family, **options)
-    return estimators.pes(
-        rule,
-        family,
-        std=config.std,
-        compile=config.compile,
-        **options,
-    )
+    # Else a strategy of the same name and arguments.
+    evolve = getattr(estimators, config.estimator)
+    return evolve(rule, family, std=config.std, compile=config.compile, **options)
 
 
 def _late_log_loss_of_run(run: Any) -> Tensor:
