@@ -1,10 +1,13 @@
 """Few-shot learning: learning to start, to adapt, and to remember."""
 
 from fmeta.fewshot._anil import anil
+from fmeta.fewshot._baselines import fine_tune, from_scratch, nearest_neighbour
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._estimator import estimator
+from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
+from fmeta.fewshot._llama import llama
 from fmeta.fewshot._losses import LOSSES
 from fmeta.fewshot._maml import first_order_maml, maml
 from fmeta.fewshot._maml_plus_plus import maml_plus_plus
@@ -24,18 +27,24 @@ __all__ = [
     "MetaLearner",
     "Model",
     "Prototypes",
+    "Scores",
     "Source",
     "anil",
     "conv4",
     "draw",
     "estimator",
+    "evaluate",
+    "fine_tune",
     "first_order_maml",
     "from_classes",
+    "from_scratch",
     "gradient_based",
+    "llama",
     "maml",
     "maml_plus_plus",
     "meta_lstm",
     "meta_sgd",
+    "nearest_neighbour",
     "protonet",
     "reptile",
     "sinusoid",

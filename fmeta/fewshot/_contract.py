@@ -32,10 +32,13 @@ class Episode(NamedTuple):
     Attributes:
         support: what a learner adapts to.
         query: what it then has to predict.
+        classes: which of the classes of its split the labels stand for, integers ``(ways,)``;
+            ``()`` where there are none.
     """
 
     support: Examples
     query: Examples
+    classes: Any = ()
 
 
 class MetaLearner(NamedTuple):

@@ -96,4 +96,4 @@ def conv4(
         features, seen = embed(params, x, stats)
         return head(params, features), seen
 
-    return Model(init, apply, lambda name: name.startswith("head."), embed, head)
+    return Model(init, apply, lambda name: name.startswith("head."), embed, head, features)

@@ -48,6 +48,7 @@ class Inner:
         num_steps: inner steps unless told otherwise.
         adapts: which parameters move, by name.
         batch_norm: what adapted networks normalise by.
+        batch_size: examples in a step; None: all.
         options: of `fmeta.unroll`.
     """
 
@@ -59,10 +60,12 @@ class Inner:
         num_steps: int,
         adapts: Callable[[str], bool],
         batch_norm: str,
+        batch_size: int | None = None,
         **options: Any,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.num_steps, self.adapts, self.batch_norm = num_steps, adapts, batch_norm
+        self.batch_size = batch_size
         self.options = options
         # Then the features are the same in all steps, and worked out once.
         self.only_head = model.embed is not None and all(
@@ -77,7 +80,7 @@ class Inner:
     def run(
         self, meta_params: Tree, support: Examples, num_steps: int | None = None, **more: Any
     ) -> tuple[Run, dict[str, Tensor]]:
-        """Steps on the whole support set; gives the `Run` and all parameters after it."""
+        """Steps on the support set; gives the `Run` and all parameters after it."""
         steps = self.num_steps if num_steps is None else num_steps
         check_sizes(num_steps=steps)
         params, (x, y) = meta_params["model_params"], support
@@ -91,11 +94,19 @@ class Inner:
             loss,
             meta_params["opt_params"],
             moving,
-            (x.expand(steps, *x.shape), y.expand(steps, *y.shape)),
+            self.batches(x, y, steps),
             loss_args=(fixed,),
             **{**self.options, **more},
         )
         return run, {k: run.params.get(k, v) for k, v in params.items()}
+
+    def batches(self, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """What the steps see, with leading dimension of steps: all, or some in turn."""
+        if self.batch_size is None:
+            return x.expand(steps, *x.shape), y.expand(steps, *y.shape)
+        turn = torch.arange(steps * self.batch_size, device=x.device) % len(x)
+        places = turn.view(steps, self.batch_size)
+        return x[places], y[places]
 
     def support_loss(self, moving: Tree, batch: Any, fixed: Tree) -> Tensor:
         x, y = batch
@@ -151,6 +162,7 @@ def gradient_based(
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
     batch_norm: str = "transductive",
+    batch_size: int | None = None,
     step_weights: Weights | None = None,
     chunk_size: int | None = None,
     estimate: Callable[[Inner], Piece] | None = None,
@@ -163,7 +175,7 @@ def gradient_based(
     Args:
         network: an ``nn.Module``, or a `Model` such as `conv4`.
         optimizer: the inner rule; its ``opt_params`` are learned too.
-        num_steps: inner steps, each on the whole support set.
+        num_steps: inner steps.
         loss: ``"cross_entropy"``, ``"mse"``, or a function ``(outputs, y) -> scalar``.
         adapts: ``adapts(name) -> bool``: which parameters the inner steps change; default all.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
@@ -171,6 +183,7 @@ def gradient_based(
             statistics of all query inputs together, as in MAML's own results, so that a prediction
             depends on what else is asked. ``"support"``: those of the support set at the adapted
             parameters. Inner steps always use those of the support set.
+        batch_size: support examples in an inner step, taken in turn; None: all in each.
         step_weights: ``step_weights(progress, num_steps) -> (num_steps,)``: the meta-loss is the
             weighted sum of the query losses after each step; None: the last one alone.
         chunk_size: episodes that are worked on together, as in `torch.vmap`; None: all.
@@ -186,7 +199,7 @@ def gradient_based(
         TypeError: no network, no optimizer.
     """
     check_optimizer_type(optimizer, "optimizer")
-    check_sizes(num_steps=num_steps, chunk_size=chunk_size)
+    check_sizes(num_steps=num_steps, chunk_size=chunk_size, batch_size=batch_size)
     check_batch_norm(batch_norm)
     model = as_model(network)
     names = list(model.init(fold_in(0)))
@@ -200,6 +213,7 @@ def gradient_based(
         num_steps,
         adapts,
         batch_norm,
+        batch_size,
         first_order=first_order,
         checkpoint=checkpoint,
         mixed_mode=mixed_mode,
@@ -229,7 +243,7 @@ def _after_the_last(inner: Inner) -> Callable[..., tuple[Tensor, Seen]]:
 
 def _after_every_step(inner: Inner, step_weights: Weights) -> Callable[..., tuple[Tensor, Seen]]:
     def query_loss(moving: Tree, batch: Any, fixed: Tree) -> Tensor:
-        support, query = batch
+        support, query, _ = batch
         params, stats = {**fixed, **moving}, ()
         if inner.batch_norm == "support":
             stats = inner.model.apply(params, support.x)[1]

@@ -82,13 +82,14 @@ def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[...,
 
 def check_episodes(episodes: Any) -> Episode:
     """A meta-batch, or an error that says what is wrong with it."""
-    if not isinstance(episodes, tuple) or len(episodes) != 2:
+    if not isinstance(episodes, tuple) or len(episodes) not in (2, 3):
         raise TypeError(
             "episodes must be an Episode(support, query) of stacked tasks, got a "
             f"{type(episodes).__name__}"
         )
-    support, query = (check_examples(e, w) for e, w in zip(episodes, Episode._fields, strict=True))
-    counts = {len(x) for x in trees.leaves((support, query))}
+    support, query = (check_examples(e, f"episodes[{i}]") for i, e in enumerate(episodes[:2]))
+    classes = episodes[2] if len(episodes) == 3 else ()
+    counts = {len(x) for x in trees.leaves((support, query, classes))}
     if len(counts) > 1:
         raise ValueError(
             f"episodes must be stacked along one leading dimension of tasks, got {sorted(counts)}"
@@ -98,4 +99,4 @@ def check_episodes(episodes: Any) -> Episode:
             "episodes must have a leading dimension of tasks: one alone is a batch of 1, "
             "fmeta.tasks.stack_tasks([episode])"
         )
-    return Episode(support, query)
+    return Episode(support, query, classes)

@@ -28,6 +28,7 @@ class Model(NamedTuple):
         embed: ``embed(params, x, stats=()) -> (features, stats)``, all but the last layer; or
             None where that is not known.
         head: ``head(params, features) -> outputs``, the last layer; None together with ``embed``.
+        num_features: numbers in ``features``; None where that is not known.
     """
 
     init: Callable[[torch.Generator], dict[str, Tensor]]
@@ -35,6 +36,7 @@ class Model(NamedTuple):
     is_head: Callable[[str], bool]
     embed: Callable[..., tuple[Tensor, Any]] | None = None
     head: Callable[..., Tensor] | None = None
+    num_features: int | None = None
 
 
 def as_model(network: Any) -> Model:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fmeta import trees
 from fmeta._unroll import unroll
-from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._gradient_based import Inner, gradient_based
 from fmeta.fewshot._meta_batch import Piece, shown
@@ -28,7 +26,6 @@ def reptile(
     lr: float = 0.1,
     optimizer: Optimizer | None = None,
     num_steps: int = 5,
-    batch_size: int | None = None,
     **options: Any,
 ) -> MetaLearner:
     """Inner training without any derivative through it; the meta-gradient is how far it went.
@@ -43,21 +40,19 @@ def reptile(
         optimizer: another inner rule in its place, whose own parameters are not learned; the
             meta-gradient is divided by ``lr`` all the same.
         num_steps: inner steps.
-        batch_size: examples in an inner step, taken from the episode in turn, support and query
-            alternating as far as both last; None: all.
-        **options: of `gradient_based`, but for those that concern a derivative.
+        **options: of `gradient_based`, but for those that concern a derivative. With
+            ``batch_size`` support and query examples take turns, spread over each other.
 
     Returns:
-        A `MetaLearner`. ``adapt`` takes its steps on the whole support set.
+        A `MetaLearner`. ``adapt`` takes its steps on the support set alone.
 
     Raises:
-        ValueError: numbers below 1, options of a derivative.
+        ValueError: what `gradient_based` refuses, and options of a derivative.
 
     Reference:
         Nichol, Achiam, Schulman, "On first-order meta-learning algorithms" (1803.02999),
         algorithms 1 and 2.
     """
-    check_sizes(batch_size=batch_size)
     refused = {"first_order", "checkpoint", "mixed_mode", "step_weights"} & set(options)
     if refused:
         raise ValueError(
@@ -73,7 +68,7 @@ def reptile(
                     inner.support_loss,
                     meta_params["opt_params"],
                     moving,
-                    _batches(episode, num_steps, batch_size),
+                    inner.batches(*_mixed(episode), num_steps),
                     loss_args=(fixed,),
                 )
                 way = {
@@ -94,19 +89,9 @@ def reptile(
     )
 
 
-def _batches(episode: Episode, steps: int, size: int | None) -> tuple[Tensor, Tensor]:
-    """``(steps, size, ...)`` of all examples in turn."""
-    (xs, ys), (xq, yq) = episode
-    both = Examples(torch.cat([xs, xq]), torch.cat([ys, yq]))
-    if size is None:
-        return tuple(t.expand(steps, *t.shape) for t in both)  # type: ignore[return-value]
-    order = _alternating(len(xs), len(xq))
-    turn = torch.arange(steps * size) % len(order)
-    places = order[turn].view(steps, size).to(xs.device)
-    return both.x[places], both.y[places]
-
-
-def _alternating(first: int, second: int) -> Tensor:
-    """All indices of two sequences, one behind the other, spread evenly over each other."""
-    at = torch.cat([(torch.arange(n) + 0.5) / n for n in (first, second)])
-    return at.argsort(stable=True)
+def _mixed(episode: Episode) -> Examples:
+    """Support and query examples, spread evenly over each other."""
+    (xs, ys), (xq, yq) = episode.support, episode.query
+    at = [(torch.arange(len(x), device=x.device) + 0.5) / len(x) for x in (xs, xq)]
+    order = torch.cat(at).argsort(stable=True)
+    return Examples(torch.cat([xs, xq])[order], torch.cat([ys, yq])[order])

@@ -118,7 +118,7 @@ def from_classes(
                 labels[:, start:stop].flatten()[order],
             )
 
-        return Episode(part(0, shots), part(shots, needed))
+        return Episode(part(0, shots), part(shots, needed), classes)
 
     return Source(sample, ways, shots, queries, shape, name)
 

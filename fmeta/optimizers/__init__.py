@@ -52,6 +52,7 @@ __all__ = [
     "lion",
     "lstm",
     "meta_curvature",
+    "meta_lstm",
     "muon",
     "nadam",
     "nadamw",

@@ -1,0 +1,96 @@
+"""How good a learner is on tasks that it has not seen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta.estimators._contract import check_sizes
+from fmeta.fewshot._contract import MetaLearner
+from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
+from fmeta.fewshot._source import Source, draw
+
+__all__ = ["Scores", "evaluate"]
+
+Tree = Any
+
+
+class Scores(NamedTuple):
+    """One value a test episode; episode i is the same one for every learner.
+
+    Attributes:
+        losses: on the query sets, ``(episodes,)``.
+        accuracies: on the query sets, ``(episodes,)``; NaN in regression.
+    """
+
+    losses: Tensor
+    accuracies: Tensor
+
+    def accuracy(self) -> tuple[float, float]:
+        """Mean accuracy and half the width of its 95 % confidence interval over episodes."""
+        return _interval(self.accuracies)
+
+    def loss(self) -> tuple[float, float]:
+        """Mean loss and half the width of its 95 % confidence interval over episodes."""
+        return _interval(self.losses)
+
+
+def evaluate(
+    learner: MetaLearner,
+    meta_params: Tree,
+    source: Source,
+    *,
+    num_episodes: int = 1000,
+    seed: int = 0,
+    split: str = "test",
+    num_steps: int | None = None,
+    loss: str | Loss = "cross_entropy",
+    batch_size: int = 50,
+) -> Scores:
+    """Adapts to each of many episodes and scores its predictions; no graph is recorded.
+
+    Args:
+        learner: any `MetaLearner`.
+        meta_params: of it.
+        source: of the episodes.
+        num_episodes: how many.
+        seed: episode i is a function of seed, i and the split.
+        split: of the source.
+        num_steps: of ``adapt``, other than in meta-training; None: the learner's own.
+        loss: as of `gradient_based`.
+        batch_size: episodes worked on together; no effect on the result but by rounding.
+
+    Returns:
+        `Scores`.
+
+    Raises:
+        ValueError: numbers below 1, a split that the source has not.
+    """
+    check_sizes(num_episodes=num_episodes, batch_size=batch_size)
+    score = loss_named(loss)
+    options = {} if num_steps is None else {"num_steps": num_steps}
+    leaves = trees.leaves(meta_params)
+    device = leaves[0].device if leaves else None
+
+    def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
+        outputs = learner.predict(learner.adapt(meta_params, support, **options), query.x)
+        return score(outputs, query.y), accuracy_of(outputs, query.y)
+
+    found = []
+    with torch.no_grad():
+        for start in range(0, num_episodes, batch_size):
+            rows = [(seed, i) for i in range(start, min(start + batch_size, num_episodes))]
+            episodes = draw(source, rows, split=split, device=device)
+            found.append(torch.vmap(one)(episodes.support, episodes.query))
+    losses, accuracies = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Scores(losses, accuracies)
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    values = values.double()
+    half = 1.96 * values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(half)
