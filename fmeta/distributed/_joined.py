@@ -20,7 +20,9 @@ __all__ = ["joined"]
 
 
 @contextmanager
-def joined(*, backend: str | None = None, patience: float = 20.0) -> Iterator[Ranks]:
+def joined(
+    *, backend: str | None = None, patience: float = 20.0, redraws: bool = True
+) -> Iterator[Ranks]:
     """The processes of this job, joined for a ``with`` block.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, as
@@ -31,7 +33,8 @@ def joined(*, backend: str | None = None, patience: float = 20.0) -> Iterator[Ra
         backend: of `torch.distributed`; default gloo on the CPU and, where each process has a
             graphics card, nccl for what lies there.
         patience: seconds without a sign of life after which a rank counts as lost. Signs come from
-            a thread of their own: a long step is none.
+            a thread of their own, so that a long step is no silence.
+        redraws: as in `Ranks`.
 
     Yields:
         `Ranks`.
@@ -71,7 +74,7 @@ def joined(*, backend: str | None = None, patience: float = 20.0) -> Iterator[Ra
     )
     own = dist.PrefixStore(f"{prefix}/watch", base.clone())
     watch = Watch(own, rank, size, patience=patience)
-    ranks = Ranks(rank, size, None, watch)
+    ranks = Ranks(rank, size, None, watch, redraws=redraws)
     atexit.register(_leave_at_once, watch)
     try:
         yield ranks

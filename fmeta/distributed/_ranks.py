@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmeta import trees
 from fmeta.distributed._packing import pack_rows, unpack_rows
 from fmeta.distributed._watch import Lost, Watch
 
@@ -53,6 +54,9 @@ class Ranks:
         watch: tells of ranks that ended; None: an exchange then waits as long as the group does.
         on_exchange: called with the kind and the bytes that this rank contributes to each
             exchange.
+        redraws: in evolution strategies ranks draw each other's perturbations again and exchange
+            scalars only, which takes the time of drawing all of them. False: each draws its own,
+            and they exchange the sum, as many numbers as there are weights: better for many ranks.
 
     Example:
         >>> Ranks.alone()
@@ -64,6 +68,7 @@ class Ranks:
     group: Any = dataclasses.field(default=None, repr=False)
     watch: Watch | None = dataclasses.field(default=None, repr=False)
     on_exchange: OnExchange | None = dataclasses.field(default=None, repr=False)
+    redraws: bool = dataclasses.field(default=True, repr=False)
 
     @staticmethod
     def alone() -> Ranks:
@@ -110,7 +115,7 @@ class Ranks:
         Returns:
             A tree of tensors ``(sum(counts), ...)``; with ``to_first`` None on the others.
         """
-        if self.size == 1:
+        if self.size == 1 or not trees.leaves(rows):
             return rows
         block = self._place(pack_rows(rows))
         most = max(counts)

@@ -62,8 +62,8 @@ class EvolutionState(NamedTuple):
         params, hidden: ``(tasks, copies, ...)``, the copies (+, -), or + alone.
         config, t, horizon, drawn: of the tasks, ``(tasks, ...)``, see `Trainings`.
         xi: sum of the perturbations that each training has seen, like ``meta_params`` with a
-            leading dimension of tasks, on each rank those of all ranks; ``()`` for a scheme that
-            does not sum them.
+            leading dimension of tasks, on each rank those of all ranks unless the ranks exchange
+            gradients; ``()`` for a scheme that does not sum them.
         step: estimates made.
         seed: of the run.
     """
@@ -149,6 +149,8 @@ def _of_family(
 ) -> Estimator:
     family, each = draws.family, share.each
     mine = slice(share.worked_on.start, share.worked_on.stop)
+    # Ranks draw each other's perturbations again, or add up what they multiplied their own by.
+    redraws = share.ranks.redraws or share.ranks.size == 1
 
     def init(meta_params: Tree, seed: int) -> EvolutionState:
         check_meta_params(meta_params)
@@ -156,7 +158,8 @@ def _of_family(
         with torch.no_grad():
             trainings = idle(draws, stepper, meta_params, int(seed), copies)
             if scheme.accumulates:
-                xi = trees.map(lambda x: x.new_zeros(share.total, *x.shape), meta_params)
+                rows = share.total if redraws else len(share.worked_on)
+                xi = trees.map(lambda x: x.new_zeros(rows, *x.shape), meta_params)
         return EvolutionState(*trainings, xi, 0, int(seed))
 
     def estimate(meta_params: Tree, state: EvolutionState) -> tuple[Estimate, EvolutionState]:
@@ -164,10 +167,9 @@ def _of_family(
         now = trainings_of(state)
         with torch.no_grad():
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
-            # Of all ranks' tasks: perturbations are drawn here once more instead of being sent.
             found = perturbations(
                 meta_params,
-                clock_of_all(share, plan),
+                clock_of_all(share, plan) if redraws else plan,
                 scheme,
                 noise,
                 seed=state.seed,
@@ -185,22 +187,44 @@ def _of_family(
 
                 return trees.map(copied, meta_params, found.eps)
 
-            row = found.row[:, mine]
-            later = {k: partial(perturbed, k) for k in found.edges[1:]}
+            row = found.row[:, mine] if redraws else found.row
+            edges = [k for k in found.edges[1:] if not row[k].equal(row[k - 1])]
+            later = {k: partial(perturbed, k) for k in edges}
             after, losses, evals = stepper.run(perturbed(0), now, plan, later)
             config = partial(configs_by_step, plan)
             values = scored(score, losses, evals, plan.t, plan.horizon, config)
             bad_step = first_bad_step(losses, evals, values)
             metrics = {"losses": losses, "drawn": drawn_at(plan, bad_step)}
-            seen = (values.movedim(1, 0), inner_step_at(plan, bad_step))
-            (values, at), metrics = gathered_tasks(share, seen, metrics)
-            values = values.movedim(0, 1)
-            parts = weighted_sums(relative_losses(values, each), found, meta_params, noise)
-            estimate = mean_over_tasks(values.mean((0, 2)), parts, at, metrics, group=each)
+            at = inner_step_at(plan, bad_step)
+            if redraws:
+                seen, metrics = gathered_tasks(share, (values.movedim(1, 0), at), metrics)
+                values, at = seen[0].movedim(0, 1), seen[1]
+                relative = relative_losses(values, each)
+            elif copies == 2:
+                relative = relative_losses(values, each)
+            else:  # a loss counts relative to those of all other particles
+                seen = share.gather(values.movedim(1, 0)).movedim(0, 1)
+                relative = relative_losses(seen, each)[:, mine]
+            parts = weighted_sums(relative, found, meta_params, noise)
+            estimate = mean_over_tasks(
+                values.mean((0, 2)),
+                parts,
+                at,
+                metrics,
+                group=each,
+                share=None if redraws else share,
+            )
             after = without_diverged(after, share.part(estimate.metrics["diverged"]))
             xi = trees.map(lambda x: x[found.row[-1]], found.xi) if scheme.accumulates else ()
         return estimate, EvolutionState(*after, xi, state.step + 1, state.seed)
 
-    return Estimator(
-        init, estimate, share.ranks, partial(gathered, share), partial(scattered, share)
-    )
+    def gather(state: EvolutionState) -> EvolutionState:
+        xi = state.xi if redraws else share.gather(state.xi, to_first=True)
+        found: EvolutionState = gathered(share, state)
+        return found if xi is None else found._replace(xi=xi)
+
+    def scatter(state: EvolutionState) -> EvolutionState:
+        found: EvolutionState = scattered(share, state)
+        return found if redraws else found._replace(xi=share.part(state.xi))
+
+    return Estimator(init, estimate, share.ranks, gather, scatter)

@@ -87,7 +87,7 @@ def perturbations(
     for k in range(len(t)):
         now = list(table[-1]) if table else [-1] * len(t[0])
         for i, own in enumerate(drawn[k]):
-            name = scheme.name(seed, step, i // each, own, t[k][i])
+            name = scheme.name(seed, step, own[2] // each, own, t[k][i])
             if not table or is_new[k][i] or name != names[now[i]]:
                 parents.append(None if is_new[k][i] else now[i])
                 names.append(name)
@@ -104,7 +104,8 @@ def perturbations(
         return found
     # A perturbation counts once, so not again where it is the one that the last step had.
     goes_on = [
-        not is_new[0][i] and names[i] == scheme.name(seed, step - 1, i // each, own, t[0][i] - 1)
+        not is_new[0][i]
+        and names[i] == scheme.name(seed, step - 1, own[2] // each, own, t[0][i] - 1)
         for i, own in enumerate(drawn[0])
     ]
     begins, kept = (torch.tensor(x, device=device) for x in (is_new[0], goes_on))

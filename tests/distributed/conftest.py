@@ -1,7 +1,9 @@
 """Processes joined as by torchrun run the functions of `jobs.py`; two once for all tests."""
 
 import importlib.util
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,20 +16,38 @@ import torch
 JOBS = Path(__file__).parent / "jobs.py"
 TIMEOUT = 150
 
-CHILD = """
-import faulthandler, importlib.util, sys
+# One process imports what all need, then it forks the ranks: before it has started a thread.
+PARENT = """
+import faulthandler, importlib.util, json, os, sys, traceback
 from pathlib import Path
 import torch
 from fmeta.distributed import joined
 torch.set_num_threads(1)
-file, name, folder, seconds = sys.argv[1:]
-faulthandler.dump_traceback_later(float(seconds))  # says where a process waits for another
+file, name, folder, size, seconds = sys.argv[1:]
+folder = Path(folder)
 spec = importlib.util.spec_from_file_location("jobs", file)
 jobs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(jobs)
-with joined(patience=6.0) as ranks:
-    result = getattr(jobs, name)(ranks, Path(folder))
-torch.save(result, Path(folder) / f"{name}-{ranks.rank}.pt")
+
+def rank_of_the_job(rank):
+    log = os.open(folder / f"{name}-{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.dump_traceback_later(float(seconds))  # says where a process waits for another
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    with joined(patience=6.0) as ranks:
+        result = getattr(jobs, name)(ranks, folder)
+    torch.save(result, folder / f"{name}-{rank}.pt")
+
+pids = []
+for rank in range(int(size)):
+    pids.append(os.fork())
+    if not pids[-1]:
+        rank_of_the_job(rank)  # what it raises ends this process with a traceback, as it would
+        sys.exit(0)
+(folder / f"{name}.pids").write_text(json.dumps(pids) + " ")
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+(folder / f"{name}.codes").write_text(json.dumps(codes))
 """
 
 
@@ -48,40 +68,36 @@ class Started:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        base = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-        base = {**os.environ, **base, "MASTER_PORT": port}
-        command = [sys.executable, "-c", CHILD, str(JOBS), name, str(folder), str(0.9 * TIMEOUT)]
-        self.processes = []
-        for rank in range(size):
-            with (folder / f"{name}-{rank}.log").open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )
+        extra = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, "-c", PARENT, str(JOBS), name, str(folder), str(size)]
+        self.parent = subprocess.Popen(
+            [*command, str(0.9 * TIMEOUT)],
+            env={**os.environ, **extra, "MASTER_PORT": port},
+            start_new_session=True,
+        )
 
     def log(self, rank):
         return (self.folder / f"{self.name}-{rank}.log").read_text()
 
-    def wait(self, ranks=None):
-        """Until these have ended; then all are killed."""
-        waited = [self.processes[r] for r in (range(self.size) if ranks is None else ranks)]
-        end = time.monotonic() + TIMEOUT
-        while any(p.poll() is None for p in waited) and time.monotonic() < end:
-            time.sleep(0.05)
-        codes = [p.poll() for p in self.processes]
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        return codes
+    @property
+    def pids(self):
+        """Of the ranks, once they have been started."""
+        file = self.folder / f"{self.name}.pids"
+        return json.loads(file.read_text()) if file.exists() else []
+
+    def wait(self):
+        """Exit codes of the ranks, when all have ended; those that do not are killed."""
+        try:
+            self.parent.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.parent.pid, signal.SIGKILL)
+            self.parent.wait()
+        file = self.folder / f"{self.name}.codes"
+        return json.loads(file.read_text()) if file.exists() else [None] * self.size
 
     def results(self):
         """What the function gave on each rank."""
-        if any(self.wait()):
+        if self.wait() != [0] * self.size:
             logs = "\n".join(f"rank {r}:\n{self.log(r)[-3000:]}" for r in range(self.size))
             pytest.fail(f"some process did not end well\n{logs}")
         files = [self.folder / f"{self.name}-{r}.pt" for r in range(self.size)]

@@ -1,5 +1,6 @@
 """What the processes of these tests do: each function gets its ranks and gives tensors by name."""
 
+import dataclasses
 import time
 
 import torch
@@ -144,6 +145,7 @@ def handed_out(ranks):
 def everything(ranks, folder):
     return {
         "estimates": {name: estimates(name, ranks) for name in ESTIMATORS},
+        "summed": {name: estimates(name, not_redrawing(ranks)) for name in SUMMED},
         "digits": digits_estimate(ranks),
         "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
         "mean": mean(ranks),
@@ -153,11 +155,18 @@ def everything(ranks, folder):
     }
 
 
+def not_redrawing(ranks):
+    """The same ranks, which exchange gradients in evolution strategies too."""
+    return dataclasses.replace(ranks, redraws=False)
+
+
+SUMMED = ("pes, a mixture", "pes, two tasks a particle", "pes, one copy", "nres")
 SOME = ("truncated, a mixture", "pes, two tasks a particle", "nres")
 
 
 def some_estimates(ranks, folder):
-    return {name: estimates(name, ranks, 3) for name in SOME}
+    summed = estimates("pes, two tasks a particle", not_redrawing(ranks), 3)
+    return {**{name: estimates(name, ranks, 3) for name in SOME}, "summed": summed}
 
 
 def meta_trained(ranks, folder, *, num_steps=12, on_step=None):

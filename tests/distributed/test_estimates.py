@@ -5,6 +5,8 @@ import torch
 
 from fmeta.distributed import Ranks
 
+SUMMED_ON_FOUR = "pes, two tasks a particle"
+
 
 def close(got, want, tolerance=1e-9):
     assert list(got) == list(want)
@@ -36,12 +38,19 @@ def test_two_ranks_give_what_one_does(alone, on_two):
 
 def test_four_ranks_give_what_one_does_also_those_without_a_task(jobs, start, tmp_path):
     found = start("some_estimates", tmp_path, 4).results()
-    for name in jobs.SOME:
-        want = jobs.estimates(name, Ranks.alone(), 3)
+    for name in (*jobs.SOME, "summed"):
+        want = jobs.estimates(SUMMED_ON_FOUR if name == "summed" else name, Ranks.alone(), 3)
         close(found[0][name]["estimates"], want["estimates"])
         close(found[0][name]["state"], want["state"])
         for other in found[1:]:
             close(other[name]["estimates"], found[0][name]["estimates"], 0)
+
+
+def test_evolution_strategies_that_exchange_gradients_give_the_same(jobs, alone, on_two):
+    for name in jobs.SUMMED:
+        for found in on_two:
+            close(found["summed"][name]["estimates"], alone[name]["estimates"])
+        close(on_two[0]["summed"][name]["state"], alone[name]["state"])
 
 
 def test_ranks_hold_the_same_bit_for_bit(on_two):
