@@ -1,10 +1,13 @@
 """Schedules are torch's and optax's curves, stay where they end, and can be learned and batched."""
 
+import functools
 import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fmeta
 from fmeta import schedules
@@ -193,6 +196,45 @@ def test_tensors_of_boundaries_and_factors():
     torch.testing.assert_close(counts, torch.tensor([2.0, 3.0, 2.0]))
 
 
+def test_boundaries_that_are_traced_or_have_no_values_are_not_looked_at():
+    heights = [1.0, 0.5, 0.2]
+    falling = tensor(5.0, 2.0)
+    for build in (lambda x: piecewise(x, heights), lambda x: join([constant()] * 3, x)):
+        assert build(falling.to("meta"))(torch.zeros((), device="meta")).device.type == "meta"
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            build(torch.ones(2))
+        at = functools.partial(lambda build, x: build(x)(tensor(1.0)), build)
+        vmap(at)(torch.stack([falling, falling]))
+        assert grad(at)(falling).isfinite().all()
+        make_fx(at)(falling)
+
+
+NOTHING = {
+    "linear": (lambda x: linear(1.0, 0.25, x), constant(0.25)),
+    "cosine": (lambda x: cosine(0.25, x), constant(0.25)),
+    "warmup": (lambda x: warmup(x, 0.1), constant()),
+    "warmup_cosine": (lambda x: warmup_cosine(x, 0.1, start=0.3), cosine(0.1)),
+    "piecewise": (lambda x: piecewise([x, 5], [1.0, 0.5, 0.2]), piecewise([5], [0.5, 0.2])),
+    "join": (lambda x: join([lambda t, n: t / n, cosine()], [x]), cosine()),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_length_of_zero_is_over_at_once(name):
+    build, same = NOTHING[name]
+    want = same(TIMES, 12)
+    for nothing in (0, 0.0, tensor(0.0), torch.tensor(0)):
+        torch.testing.assert_close(build(nothing)(TIMES, 12), want, rtol=0, atol=0)
+        slope = grad(lambda t, x=nothing: build(x)(t, 12).sum())(TIMES)
+        torch.testing.assert_close(slope, grad(lambda t: same(t, 12).sum())(TIMES))
+    curve = lambda x: build(x)(TIMES, 12).sum()
+    assert grad(curve)(tensor(0.0)).isfinite()
+    assert grad(grad(curve))(tensor(0.0)).isfinite()
+    torch.testing.assert_close(
+        vmap(build(0))(TIMES, torch.full_like(TIMES, 12)), want, rtol=0, atol=0
+    )
+
+
 def test_a_schedule_on_meta_and_of_integers_has_the_dtype_of_its_time():
     for schedule in (constant(), cosine(), warmup_cosine(2), piecewise([1], [1.0, 0.5])):
         assert schedule(torch.zeros((), device="meta", **DOUBLE), 3).device.type == "meta"
@@ -244,9 +286,34 @@ def test_horizons_differ_from_task_to_task():
 WRONG = {
     "no horizon": (lambda: cosine()(torch.zeros(())), ValueError, "lasts as long as the training"),
     "a negative factor": (lambda: constant(-1.0), ValueError, "value must be not negative"),
-    "no length": (lambda: linear(steps=0), ValueError, "steps must be positive"),
+    "a length": (lambda: linear(steps=-1), ValueError, "steps must be not negative"),
     "factors": (lambda: piecewise([1], [1.0]), ValueError, "1 factors for 1 boundaries"),
-    "order": (lambda: piecewise([3, 2], [1.0, 0.5, 0.2]), ValueError, "boundaries must increase"),
+    "order": (lambda: piecewise([3, 2], [1.0, 0.5, 0.2]), ValueError, "must increase, got 3, 2"),
+    "order of a tensor": (
+        lambda: piecewise(tensor(2.0, 5.0, 5.0), [1.0, 0.5, 0.2, 0.1]),
+        ValueError,
+        "boundaries must increase, got 2, 5, 5",
+    ),
+    "order of numbers and tensors": (
+        lambda: piecewise([3, torch.tensor(2)], [1.0, 0.5, 0.2]),
+        ValueError,
+        "boundaries must increase, got 3, 2",
+    ),
+    "order of pieces": (
+        lambda: join([constant()] * 3, [4, 4]),
+        ValueError,
+        "boundaries must increase, got 4, 4",
+    ),
+    "order of a tensor of pieces": (
+        lambda: join([constant()] * 3, torch.tensor([4, 1])),
+        ValueError,
+        "boundaries must increase, got 4, 1",
+    ),
+    "a negative tensor": (
+        lambda: piecewise(tensor(-2.0, 5.0), [1.0, 0.5, 0.2]),
+        ValueError,
+        "boundaries must be not negative",
+    ),
     "a number": (lambda: piecewise(3, [1.0, 0.5]), TypeError, "boundaries must be a sequence"),
     "a matrix": (lambda: piecewise(torch.ones(1, 1), [1, 1]), ValueError, "a tensor of one axis"),
     "pieces": (lambda: join([constant()], [1]), ValueError, "1 boundaries for 1 schedules"),

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta.schedules._schedule import Schedule, as_schedule, check_length, on_device
+from fmeta.schedules._schedule import Schedule, as_schedule, check_boundaries, listed, on_device
 
 __all__ = ["join", "product", "relative"]
 
 
-def join(schedules: Sequence[Callable[..., Any]], boundaries: Sequence[Any]) -> Schedule:
+def join(schedules: Sequence[Callable[..., Any]], boundaries: Sequence[Any] | Tensor) -> Schedule:
     """Schedules one after the other, each on a clock of its own.
 
     From ``boundaries[i - 1]`` on the i-th one is used. Its t is 0 there, and its horizon is the
@@ -22,31 +22,32 @@ def join(schedules: Sequence[Callable[..., Any]], boundaries: Sequence[Any]) -> 
 
     Args:
         schedules: at least one; plain functions of ``(t, num_steps)`` too.
-        boundaries: one number less, increasing: numbers or scalar tensors, in updates.
+        boundaries: one number less, increasing: a sequence of numbers or scalar tensors, or a
+            tensor ``(k,)``, in updates. From 0 on the first schedule is never in use.
 
     Returns:
         A `Schedule`; it needs ``num_steps`` where its last one does.
 
     Raises:
-        ValueError: when there is not one boundary less than schedules.
+        ValueError: when there is not one boundary less than schedules, or boundaries are known
+            not to increase.
 
     Example:
         >>> from fmeta.schedules import linear, warmup
         >>> join([warmup(2), linear()], [2])(torch.arange(5), 4)
         tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000])
     """
-    parts = [as_schedule(s) for s in schedules]
+    parts, boundaries = [as_schedule(s) for s in schedules], listed("boundaries", boundaries)
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
             f"join takes one boundary less than schedules, got {len(boundaries)} boundaries for "
             f"{len(parts)} schedules"
         )
-    for limit in boundaries:
-        check_length("boundaries", limit)
+    check_boundaries(boundaries)
 
     def factor(t: Tensor, num_steps: Any) -> Tensor:
         starts = [on_device(x, t) for x in boundaries]
-        lengths = [b - a for a, b in zip([0, *starts], starts, strict=False)]
+        lengths = [_length(a, b) for a, b in zip([0, *starts], starts, strict=False)]
         left = None if num_steps is None else num_steps - (starts[-1] if starts else 0)
         # A piece that is not in use is asked about the nearest of its ends: nothing else need have
         # a finite derivative there.
@@ -58,6 +59,14 @@ def join(schedules: Sequence[Callable[..., Any]], boundaries: Sequence[Any]) -> 
         return out
 
     return Schedule(factor, parts[-1].needs)
+
+
+def _length(start: Any, end: Any) -> Any:
+    """Of a piece; 1 where it is never in use, for what a schedule is at t / 0."""
+    length = end - start
+    if isinstance(length, Tensor):
+        return torch.where(length > 0, length, 1)
+    return length if length > 0 else 1
 
 
 def product(*schedules: Callable[..., Any]) -> Schedule:

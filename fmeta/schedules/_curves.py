@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fmeta._numbers import check_number
 from fmeta.schedules._combine import join
-from fmeta.schedules._schedule import Schedule, check_length, lasting, on_device, progress
+from fmeta.schedules._schedule import (
+    Schedule,
+    check_boundaries,
+    lasting,
+    listed,
+    on_device,
+    progress,
+)
 
 __all__ = ["constant", "cosine", "linear", "piecewise", "warmup", "warmup_cosine"]
 
@@ -37,7 +44,8 @@ def linear(start: Any = 1.0, end: Any = 0.0, steps: Any = None) -> Schedule:
 
     Args:
         start, end: factors: numbers or scalar tensors.
-        steps: length in updates, a number or scalar tensor; None: the horizon.
+        steps: length in updates, a number or scalar tensor; 0: at ``end`` at once; None: the
+            horizon.
 
     Returns:
         A `Schedule`; it needs ``num_steps`` where ``steps`` is None.
@@ -62,7 +70,7 @@ def warmup(steps: Any, start: Any = 0.0) -> Schedule:
     Afterwards it stays at 1. With ``start=0`` the first update is zero (it still fills moments).
 
     Args:
-        steps: length in updates: a number or scalar tensor.
+        steps: length in updates: a number or scalar tensor; 0: no warm-up.
         start: factor of the first update: a number or scalar tensor.
 
     Returns:
@@ -113,7 +121,7 @@ def warmup_cosine(
     of 1 (whose ``decay_steps`` count the warm-up, as ``steps`` here).
 
     Args:
-        warmup_steps: length of the warm-up in updates: a number or scalar tensor.
+        warmup_steps: length of the warm-up in updates: a number or scalar tensor; 0: none.
         end: the last factor: a number or scalar tensor.
         steps: the whole length in updates, a number or scalar tensor; None: the horizon.
         start: factor of the first update: a number or scalar tensor.
@@ -144,26 +152,22 @@ def piecewise(boundaries: Sequence[Any] | Tensor, factors: Sequence[Any] | Tenso
         A `Schedule`.
 
     Raises:
-        ValueError: when there is not one factor more than boundaries, or boundaries do not
-            increase.
+        ValueError: when there is not one factor more than boundaries, or boundaries are
+            known not to increase.
 
     Example:
         >>> piecewise([2, 4], [1.0, 0.1, 0.01])(torch.arange(6))
         tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100, 0.0100])
     """
-    limits, heights = _listed("boundaries", boundaries), _listed("factors", factors)
+    limits, heights = listed("boundaries", boundaries), listed("factors", factors)
     if len(heights) != len(limits) + 1:
         raise ValueError(
             f"piecewise takes one factor more than boundaries, got {len(heights)} factors for "
             f"{len(limits)} boundaries"
         )
-    for limit in limits:
-        check_length("boundaries", limit)
+    check_boundaries(limits)
     for height in heights:
         check_number("factors", height)
-    numbers = [x for x in limits if not isinstance(x, Tensor)]
-    if sorted(set(numbers)) != numbers:
-        raise ValueError(f"boundaries must increase, got {', '.join(map(str, numbers))}")
 
     def factor(t: Tensor, num_steps: Any) -> Tensor:
         out = on_device(heights[0], t) + 0 * t
@@ -172,16 +176,3 @@ def piecewise(boundaries: Sequence[Any] | Tensor, factors: Sequence[Any] | Tenso
         return out
 
     return Schedule(factor)
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, Tensor):
-        if values.ndim != 1:
-            raise ValueError(
-                f"{name} must be a sequence or a tensor of one axis, got shape "
-                f"{tuple(values.shape)}"
-            )
-        return list(values.unbind(0))
-    if not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a sequence or a tensor, got {values!r}")
-    return list(values)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fmeta._numbers import check_number
 
-__all__ = ["Schedule", "as_schedule", "check_length", "lasting", "on_device", "progress"]
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "check_boundaries",
+    "check_length",
+    "lasting",
+    "listed",
+    "on_device",
+    "progress",
+]
 
 
 class Schedule:
@@ -73,9 +85,30 @@ def as_schedule(value: Any) -> Schedule:
 
 
 def check_length(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a positive number or a tensor (of any dtype)."""
+    """Raises unless ``value`` is a number that is not negative, or a tensor (of any dtype)."""
     if not isinstance(value, Tensor):
-        check_number(name, value, positive=True)
+        check_number(name, value)
+
+
+def check_boundaries(values: Sequence[Any]) -> None:
+    """Raises unless ``values`` are lengths that increase, as far as they can be known.
+
+    Tensors are looked at where that waits for nothing: on a CPU, and not while they are traced.
+    """
+    known = []
+    for value in values:
+        if isinstance(value, Tensor) and not (value.numel() == 1 and _has_value(value)):
+            continue
+        known.append(value.item() if isinstance(value, Tensor) else value)
+        check_length("boundaries", known[-1])
+    if any(not a < b for a, b in itertools.pairwise(known)):
+        raise ValueError(f"boundaries must increase, got {', '.join(f'{x:g}' for x in known)}")
+
+
+def _has_value(x: Tensor) -> bool:
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return plain and not traced and not _functorch.is_functorch_wrapped_tensor(x)
 
 
 def lasting(steps: Any, factor: Callable[[Tensor, Any], Tensor]) -> Schedule:
@@ -89,16 +122,28 @@ def lasting(steps: Any, factor: Callable[[Tensor, Any], Tensor]) -> Schedule:
 def progress(t: Tensor, length: Any) -> Tensor:
     """The part of a length that is done, between 0 and 1.
 
-    A length that is not positive (of what comes after a warm-up that outlasts the training) is
-    done after one unit of time.
+    A length that is not positive is done at once; values and derivatives are finite there too.
     """
     if isinstance(length, Tensor):
-        length = torch.where(length > 0, length, 1)
-    elif length <= 0:
-        length = 1
-    return (t / length).clamp(0, 1)
+        done = (t / torch.where(length > 0, length, 1)).clamp(0, 1)
+        return torch.where(length > 0, done, 1)
+    return (t / length).clamp(0, 1) if length > 0 else torch.ones_like(t)
 
 
 def on_device(value: Any, t: Tensor) -> Any:
     """A number as it is, a tensor on the device of ``t``."""
     return value.to(t.device) if isinstance(value, Tensor) else value
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """A sequence, or a tensor of one axis, as a list."""
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(
+                f"{name} must be a sequence or a tensor of one axis, got shape "
+                f"{tuple(values.shape)}"
+            )
+        return list(values.unbind(0))
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence or a tensor, got {values!r}")
+    return list(values)
