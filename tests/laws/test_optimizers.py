@@ -54,6 +54,9 @@ RULES = {
     "learned adam": learn(optimizers.adam, {"lr": "log", "betas": "log1m", "eps": "log"}, lr=1e-2),
     "learned rmsprop": learn(optimizers.rmsprop, {"alpha": "log1m"}, centered=True),
 }
+# With seed 0 all units of its first layer are dead at one coordinate: the next, whose bias is 0,
+# stands at its kink.
+SEEDS = {"adafactor_mlp": 1}
 COMPILED = ("adam", "linear", "normalized_mlp", "basis_mlp")
 
 
@@ -80,6 +83,7 @@ def test_every_law_but_one_compilation(name):
         equivariance=symmetry(name),
         exclude=["compiles_once"],
         extras=extras_of(RULES[name]),
+        seed=SEEDS.get(name, 0),
     )
     left_out = {"compiles_once"} | ({"permutation_equivariant"} if name in ASYMMETRIC else set())
     assert set(report.held) == set(LAWS) - left_out
