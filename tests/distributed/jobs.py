@@ -72,12 +72,12 @@ def by_path(tree):
     return dict(zip(trees.paths(tree), leaves, strict=True))
 
 
-def digits_estimate(ranks):
+def float32_estimate(ranks):
     """A float32 estimate of the kind that the main job makes, the second one."""
     rule = fmeta.optimizers.basis_mlp()
-    family = fmeta.tasks.digits((8,), batch_size=16)
+    family = fmeta.tasks.sinusoid()
     estimator = estimators.pes(
-        rule, family, num_tasks=5, horizon=20, truncation=10, std=0.03, ranks=ranks
+        rule, family, num_tasks=5, horizon=20, truncation=10, std=0.03, trace=False, ranks=ranks
     )
     state = estimator.init(rule.init(), 3)
     _, state = estimator.estimate(rule.init(), state)
@@ -146,7 +146,7 @@ def everything(ranks, folder):
     return {
         "estimates": {name: estimates(name, ranks) for name in ESTIMATORS},
         "summed": {name: estimates(name, not_redrawing(ranks)) for name in SUMMED},
-        "digits": digits_estimate(ranks),
+        "float32": float32_estimate(ranks),
         "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
         "mean": mean(ranks),
         "same": same(ranks),

@@ -58,9 +58,9 @@ def test_ranks_hold_the_same_bit_for_bit(on_two):
         close(on_two[1]["estimates"][name]["estimates"], want["estimates"], 0)
 
 
-def test_float32_on_digits_to_1e_6_of_its_norm(jobs, on_two):
-    want = jobs.by_path(jobs.digits_estimate(Ranks.alone()))
-    got = jobs.by_path(on_two[0]["digits"])
+def test_a_learned_rule_in_float32_to_1e_6_of_its_norm(jobs, on_two):
+    want = jobs.by_path(jobs.float32_estimate(Ranks.alone()))
+    got = jobs.by_path(on_two[0]["float32"])
     apart, norm = (
         torch.cat([x.double().flatten() for x in xs]).norm()
         for xs in ([got[p] - x for p, x in want.items()], want.values())
