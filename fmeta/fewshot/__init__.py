@@ -6,6 +6,7 @@ from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
+from fmeta.fewshot._glyphs import Glyphs, glyphs, load_glyphs
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
 from fmeta.fewshot._llama import llama
 from fmeta.fewshot._losses import LOSSES
@@ -24,6 +25,7 @@ __all__ = [
     "Adapted",
     "Episode",
     "Examples",
+    "Glyphs",
     "MetaLearner",
     "Model",
     "Prototypes",
@@ -38,8 +40,10 @@ __all__ = [
     "first_order_maml",
     "from_classes",
     "from_scratch",
+    "glyphs",
     "gradient_based",
     "llama",
+    "load_glyphs",
     "maml",
     "maml_plus_plus",
     "meta_lstm",
