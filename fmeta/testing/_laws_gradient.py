@@ -83,8 +83,8 @@ def meta_gradients_exact(
             raise AssertionError(
                 f"the meta-gradient of {name} along a random direction is {got:.9g}, but "
                 f"differences give {', '.join(f'{q:.9g}' for q in quotients)}: is something "
-                "detached, rounded, or changed outside of the arguments? (Where a ReLU has exactly 0 "
-                "to look at, another seed tells.)"
+                "detached, rounded, or changed outside of the arguments? (A ReLU may stand at "
+                "its kink, exactly: another seed tells.)"
             )
 
 
