@@ -8,6 +8,7 @@ from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._glyphs import Glyphs, glyphs, load_glyphs
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
+from fmeta.fewshot._image_folder import image_folder, omniglot
 from fmeta.fewshot._llama import llama
 from fmeta.fewshot._losses import LOSSES
 from fmeta.fewshot._maml import first_order_maml, maml
@@ -42,6 +43,7 @@ __all__ = [
     "from_scratch",
     "glyphs",
     "gradient_based",
+    "image_folder",
     "llama",
     "load_glyphs",
     "maml",
@@ -49,6 +51,7 @@ __all__ = [
     "meta_lstm",
     "meta_sgd",
     "nearest_neighbour",
+    "omniglot",
     "protonet",
     "reptile",
     "sinusoid",

@@ -193,9 +193,15 @@ def _fonts() -> list[Any]:
 
 def _rendered(font: Any, c: int) -> np.ndarray[Any, Any]:
     """The character in the middle of a square, as large as its side allows."""
+    from matplotlib import ft2font
+
+    # Named otherwise before matplotlib 3.10.
+    known: Any = getattr(ft2font, "LoadFlags", None)
+    flags = known.NO_HINTING if known else getattr(ft2font, "LOAD_NO_HINTING")  # noqa: B009
+    # Hints of the fonts draw one letter of two scripts differently.
     size = 0.8 * LARGE
     font.set_size(size, 72)
-    font.set_text(chr(c), 0.0)
+    font.set_text(chr(c), 0.0, flags=flags)
     font.draw_glyphs_to_bitmap()
     image = np.asarray(font.get_image())
     rows, columns = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
