@@ -22,6 +22,7 @@ from fmeta.meta_train import TrainConfig, describe_diverged, read_config, train_
 __all__ = ["is_shown_rank", "run_train", "train_command"]
 
 OnStep = Callable[[dict[str, Any]], None]
+_FEW = 32  # processes up to which evolution strategies exchange scalars
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., int]:
@@ -75,7 +76,10 @@ def run_train(config: TrainConfig) -> int:
         return 1
     torch.set_num_threads(1)  # these models are small: two take as long, and twice the CPU time
     try:
-        with joined() as ranks, _progress(console, checked.num_steps, shows) as (on_step, on_phase):
+        # To draw all perturbations on each rank costs more than it saves where ranks are many.
+        redraws = _processes() <= _FEW
+        progress = _progress(console, checked.num_steps, shows)
+        with joined(redraws=redraws) as ranks, progress as (on_step, on_phase):
             results = train_on_digits(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
         if shows:
