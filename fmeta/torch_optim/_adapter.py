@@ -16,12 +16,15 @@ from fmeta.torch_optim._before import Call, prepare
 from fmeta.torch_optim._evaluation import put_back, swap_in
 from fmeta.torch_optim._graphs import kept_out, looked_through
 from fmeta.torch_optim._loading import loaded_exactly
+from fmeta.torch_optim._options import as_python, warn_of_unknown
 from fmeta.torch_optim._rule import find_rule
 from fmeta.torch_optim._slots import SKIPPED, Slots, slots_of
 
 __all__ = ["LearnedOptimizer"]
 
 Tree = Any
+# Of each group beside its options; the last two say in a saved state whose it is.
+_OTHERS = ("params", "param_names", "rule", "weights_hash")
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -101,9 +104,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._clean_for: list[Any] | None = None  # the update was checked for these gradients
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # parameters, while evaluating
         self._weights: tuple[Any, Tree] | None = None
+        num_steps = as_python(num_steps)
         defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
+            "lr": as_python(lr),
+            "weight_decay": as_python(weight_decay),
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -111,13 +115,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
             "differentiable": differentiable,
             "num_steps": num_steps,
         }
+        self._given: dict[str, Any] = {
+            "name_or_optimizer": name_or_optimizer,
+            "opt_params": opt_params,
+            "nonfinite": nonfinite,
+            "compile": compile,
+        }
         super().__init__(params, defaults)
+        self._given = {}
         _checks.check_some(self.param_groups)
         rule = find_rule(name_or_optimizer, opt_params, self._param_tree)
         _checks.check_horizon(rule, num_steps)
         self._rule = rule
-        for options in (self.defaults, *self.param_groups):
-            options.update(rule=rule.name, weights_hash=rule.digest)
+        for group in self.param_groups:
+            group.update(rule=rule.name, weights_hash=rule.digest)
         self._find_slots()
 
     # Groups and trees
@@ -127,8 +138,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """As in torch.optim; also in the middle of a training."""
         super().add_param_group(param_group)
         try:
-            _checks.check_group(self.param_groups[-1], self.param_groups)
+            group = self.param_groups[-1]
+            _checks.check_group(group, self.param_groups)
+            warn_of_unknown(group, [*self.defaults, *_OTHERS], self._given)
             if self._rule is not None:
+                group.update(rule=self._rule.name, weights_hash=self._rule.digest)
                 self._find_slots()
         except Exception:
             self.param_groups.pop()

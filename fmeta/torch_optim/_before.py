@@ -11,6 +11,7 @@ from fmeta.optimizer import Hidden
 from fmeta.torch_optim import _checks, _sharded, _states
 from fmeta.torch_optim._advance import GroupOptions, Inputs, all_finite
 from fmeta.torch_optim._first_state import asks_for_state
+from fmeta.torch_optim._options import as_python
 from fmeta.torch_optim._slots import SKIPPED
 
 __all__ = ["Call", "prepare"]
@@ -135,6 +136,9 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
     ]
     # How gradients lie in memory may decide whether a rule returns one of them as its state.
     layout = [(i, g.dtype, g.layout, _strides(g)) for i in active if (g := grads[i]) is not None]
+    careful = traced or layout != opt._clean_for
+    if careful:
+        _checks.check_dtypes(opt, flat, states, active)
     inputs = Inputs(
         weights,
         opt._tree(params),
@@ -147,7 +151,7 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         sharded,
         in_place,
         not (traced or in_place or masked or sharded) and opt._fresh.issuperset(active),
-        traced or layout != opt._clean_for,
+        careful,
     )
     return Call(inputs, states, active, layout, device)
 
@@ -158,7 +162,7 @@ def _strides(x: Tensor) -> Any:
 
 def numbers(group: dict[str, Any], as_tensors: bool) -> tuple[Any, Any]:
     """Learning rate and decay of a group, as tensors where numbers would be compiled in."""
-    lr, decay = group["lr"], group["weight_decay"]
+    lr, decay = as_python(group["lr"]), as_python(group["weight_decay"])
     for key, x in (("lr", lr), ("weight_decay", decay)):
         if isinstance(x, bool) or not isinstance(x, (int, float, Tensor)):
             raise TypeError(f"group[{key!r}] must be a number or a scalar tensor, got {x!r}")

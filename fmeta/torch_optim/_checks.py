@@ -11,11 +11,13 @@ from torch import Tensor
 from fmeta._leafwise import is_applied_as_is
 from fmeta.optimizer import Optimizer
 from fmeta.torch_optim import _sharded
+from fmeta.torch_optim._options import as_python
 from fmeta.torch_optim._rule import Rule
 
 __all__ = [
     "as_loss",
     "check_closure",
+    "check_dtypes",
     "check_given",
     "check_group",
     "check_horizon",
@@ -56,8 +58,9 @@ def check_horizon(rule: Rule, num_steps: Any) -> None:
 def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
     """A parameter group, beside those before it."""
     names = group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
+    group["num_steps"] = as_python(group["num_steps"])
     for key, what in (("lr", "learning rate"), ("weight_decay", "weight_decay value")):
-        x = group[key]
+        x = group[key] = as_python(group[key])
         if isinstance(x, Tensor):
             if x.numel() != 1:
                 raise ValueError(f"Tensor {key} must be 1-element, got shape {tuple(x.shape)}")
@@ -69,17 +72,18 @@ def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None
     if group["num_steps"] != groups[0]["num_steps"]:
         raise ValueError("num_steps is one for the whole training, not an option of a group")
     for name, p in zip(names, group["params"], strict=True):
-        if p.is_complex():
-            raise TypeError(
-                f"parameter {name} is complex ({p.dtype}): give the rule real numbers, with "
-                "torch.view_as_real"
-            )
-        if not p.is_floating_point() and p.requires_grad:
-            raise TypeError(f"parameter {name} is {p.dtype}, not a floating tensor")
+        if p.requires_grad and not p.is_floating_point():  # frozen, it is not seen by the rule
+            raise _not_real(f"parameter {name}", p)
     every = [n for g in groups for n in g.get("param_names", ())]
     if len(set(every)) < len(every):
         twice = next(n for n in every if every.count(n) > 1)
         raise ValueError(f"two parameters have the name {twice}: names must differ")
+
+
+def _not_real(label: str, p: Tensor) -> Exception:
+    cure = ": give the rule real numbers, with torch.view_as_real" if p.is_complex() else ""
+    kind = f"complex ({p.dtype})" if p.is_complex() else f"{p.dtype}, not a floating tensor"
+    return TypeError(f"{label} is {kind}{cure}")
 
 
 def check_closure(closure: Any) -> None:
@@ -95,6 +99,7 @@ def as_loss(loss: Any, device: torch.device) -> Tensor | None:
     """The loss as a scalar tensor without history, on the device of the parameters."""
     if loss is None:
         return None
+    loss = as_python(loss)
     if not isinstance(loss, Tensor):
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             raise TypeError(f"the loss must be a number or a scalar tensor, got {loss!r}")
@@ -148,6 +153,8 @@ def check_tensors(
     """Raises unless gradients are dense and parameters on one device, which is returned."""
     device = flat[active[0]].device
     for i in active:
+        if not flat[i].is_floating_point():
+            raise _not_real(opt._label(i), flat[i])  # it was frozen before
         if flat[i].device != device:
             raise ValueError(
                 f"{opt._label(active[0])} is on {device}, {opt._label(i)} on {flat[i].device}: a "
@@ -160,6 +167,34 @@ def check_tensors(
                 "nn.Embedding(..., sparse=False)"
             )
     return device
+
+
+def check_dtypes(
+    opt: Any, flat: Sequence[Tensor], states: Sequence[Any], active: Sequence[int]
+) -> None:
+    """Raises a TypeError where a state is of a time when its parameter had another dtype.
+
+    Between half precision and float32 a parameter may change: the state is float32 in both.
+    """
+    for i in active:
+        wide, found = flat[i].dtype is torch.float64, opt._slots[i]
+        kinds = [x.dtype for k in found.keys if isinstance(x := states[i][k], Tensor)]
+        if all(
+            k is torch.float64 if wide else k is not torch.float64
+            for k in kinds
+            if k.is_floating_point
+        ):
+            continue
+        opt._find_slots()  # of the parameters as they are now
+        for key, kind in zip(opt._slots[i].keys, opt._slots[i].kinds, strict=True):
+            x = states[i].get(key)
+            if isinstance(x, Tensor) and kind and x.dtype != kind[1]:
+                raise TypeError(
+                    f"{opt._label(i)} is {flat[i].dtype}, but its state {key!r} is {x.dtype}, of "
+                    f"a parameter of another dtype (expected {kind[1]}): convert the model before "
+                    "the first step, or the state after it, with "
+                    "opt.load_state_dict(opt.state_dict())"
+                )
 
 
 def compiled_and_sharded() -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
     def take(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = state_dict["param_groups"]
         _check_weights(opt, groups)
+        _warn_of_horizon(opt._horizon(), groups)
         ids = [i for group in groups for i in group["params"]]
         params = opt._params()
         if len(ids) == len(params):  # else torch says what is wrong
@@ -89,6 +91,17 @@ def _check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
             f"{opt._rule.digest[:12]}: build LearnedOptimizer with the weights that the state was "
             "made with; to go on with these all the same, set state_dict['param_groups'][i]"
             "['weights_hash'] = opt.param_groups[i]['weights_hash'] first"
+        )
+
+
+def _warn_of_horizon(own: Any, groups: list[dict[str, Any]]) -> None:
+    saved = groups[0].get("num_steps") if groups else None
+    if None not in (own, saved) and own != saved:
+        warnings.warn(
+            f"this state is of a training of num_steps={saved}, which is taken, and not the "
+            f"num_steps={own} that the optimizer was built with: give it the same",
+            UserWarning,
+            stacklevel=2,
         )
 
 
