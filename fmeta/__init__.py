@@ -40,7 +40,16 @@ from fmeta.optimizer import Hidden, Optimizer, apply_updates, optimizer_from_ste
 __version__ = "0.1.0"
 
 # Imported when first used: they bring along scikit-learn, plotting or the command line.
-_LAZY = ("estimators", "evaluate", "meta_train", "plot", "tasks", "testing", "torch_optim")
+_LAZY = (
+    "distributed",
+    "estimators",
+    "evaluate",
+    "meta_train",
+    "plot",
+    "tasks",
+    "testing",
+    "torch_optim",
+)
 
 
 def __getattr__(name: str) -> Any:
