@@ -1,12 +1,10 @@
 """What torch's own suite asks of every optimizer, asked of these.
 
 Each rule is described as `torch.testing._internal.common_optimizers` describes torch's: arguments,
-schedulers, flags. That module itself cannot be imported without `expecttest`; its error inputs,
-which are for all optimizers, are run where it can.
+schedulers, flags. That module's own error inputs, which are for all optimizers, are run too.
 """
 
 import copy
-import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
@@ -299,8 +297,6 @@ def test_another_default_dtype(name):
 
 
 def test_errors_that_torch_asks_of_all_optimizers():
-    if importlib.util.find_spec("expecttest") is None:
-        pytest.skip("torch.testing._internal.common_optimizers needs expecttest")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims
