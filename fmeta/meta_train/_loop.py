@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -264,12 +265,14 @@ class _Loop:
                         log.sync()
                         self.save(state)
                         saved = state.step
-            except (KeyboardInterrupt, FloatingPointError) as error:
+            except (KeyboardInterrupt, Exception) as error:
                 # Several ranks can only save together, so not where one of them was stopped.
                 together = self.ranks.size == 1 or isinstance(error, NotFinite)
                 if together and (state.step > saved or state.step == 0):
-                    log.sync()
-                    self.save(state)
+                    # Where that fails too (a full disk), what happened first is what to tell.
+                    with contextlib.suppress(OSError):
+                        log.sync()
+                        self.save(state)
                 raise
         best = s.validate is not None and s.select == "best"
         params = state.best_params if best else self.steps.judged(state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +81,9 @@ def sample_task(
         *ints: what the draw is for (outer step, task index).
         split: which images (or points) the batches are from; each split has a stream of its own.
     """
-    config = family.sample(fold_in(seed, *ints, _CONFIG))
-    params = family.init(config, fold_in(seed, *ints, _INIT))
+    with _naming(seed, *ints):
+        config = family.sample(fold_in(seed, *ints, _CONFIG))
+        params = family.init(config, fold_in(seed, *ints, _INIT))
     return Task(config, params, sample_batches(family, config, steps, seed, *ints, split=split))
 
 
@@ -101,7 +103,21 @@ def sample_batches(
     """
     # Two splits with one stream would pick images of the same ranks, and equal noise.
     key = (_BATCHES,) if split == "train" else (_BATCHES, _integer(split))
-    return family.batches(config, fold_in(seed, *ints, *key), steps, split=split)
+    with _naming(seed, *ints):
+        return family.batches(config, fold_in(seed, *ints, *key), steps, split=split)
+
+
+@contextmanager
+def _naming(*ints: int) -> Iterator[None]:
+    """An error from inside says which task it was, so that it can be drawn again."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"while the task of the integers {ints} was drawn: "
+            f"fmeta.tasks.sample_task(family, 1, {', '.join(map(str, ints))}) draws it again"
+        )
+        raise
 
 
 def _integer(text: str) -> int:
