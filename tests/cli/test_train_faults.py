@@ -109,7 +109,7 @@ def test_a_signal_leaves_a_run_that_can_be_resumed_and_says_how(
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(start, whole, tmp_path):
-    """``python -m pytest -m slow -n0 -s -k hundred tests/cli/test_train_faults.py`` tells counts."""
+    """Tells its counts with ``python -m pytest -m slow -n0 -s -k hundred tests/cli``."""
     want, seconds = whole
     draw = random.Random(0)
     counts = collections.Counter()
@@ -130,7 +130,8 @@ def test_a_hundred_kills_lose_nothing(start, whole, tmp_path):
         if checkpoint.exists():
             with safe_open(checkpoint, "pt") as held:  # raises where it is written by half
                 step = json.loads(held.metadata()["fmeta.meta_train"])["numbers"]["step"]
-                assert all(held.get_tensor(name).isfinite().all() for name in held.keys())
+                names = held.keys()
+                assert all(held.get_tensor(name).isfinite().all() for name in names)
             assert step >= reached, "a checkpoint was lost"
             reached = step
             counts["checkpoints read after a kill"] += 1
