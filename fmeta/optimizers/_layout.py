@@ -16,21 +16,43 @@ class Layout(NamedTuple):
     """An order of axes: working axis i is axis ``order[i]`` of the tensor as it is given.
 
     Trailing axes of a tensor beyond these (of several decays, say) stay behind.
+
+    Attributes:
+        batch: leading axes, in the given order, that are those of a stack.
     """
 
     order: tuple[int, ...]
+    batch: int = 0
 
     @property
     def inverse(self) -> tuple[int, ...]:
         return tuple(self.order.index(i) for i in range(len(self.order)))
 
-    def into(self, x: Tensor) -> Tensor:
-        """A view in the working order."""
-        return x.permute(*self.order, *range(len(self.order), x.ndim))
+    def into(self, x: Tensor, before: int = 0) -> Tensor:
+        """A view in the working order.
 
-    def back(self, x: Tensor) -> Tensor:
+        Args:
+            before: axes of ``x`` that come before those of the tensor.
+        """
+        return x.permute(_around(self.order, x, before))
+
+    def back(self, x: Tensor, before: int = 0) -> Tensor:
         """A view of a tensor in the working order, in the given one."""
-        return x.permute(*self.inverse, *range(len(self.order), x.ndim))
+        return x.permute(_around(self.inverse, x, before))
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether loops over a tensor in the working order go along its memory."""
+        return x.stride(self.order[-1]) == 1
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory like ``x``, in the given order, over which such loops do.
+
+        Axes of a stack stay outermost, so that each of its tensors is in one piece.
+        """
+        b = self.batch
+        order = (*range(b), *(i for i in self.order if i >= b))
+        y = x.new_empty([x.shape[i] for i in order])
+        return y.permute([order.index(i) for i in range(x.ndim)])
 
     def into_without(self, x: Tensor, axis: int) -> Tensor:
         """The same for a tensor that lacks ``axis`` (of the given order)."""
@@ -50,4 +72,9 @@ def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | Non
     n = len(shape)
     if n - batch < 3 or shape[-1] * shape[-2] >= _SHORT:
         return None
-    return Layout((n - 2, n - 1, *range(n - 2)))
+    return Layout((n - 2, n - 1, *range(n - 2)), batch)
+
+
+def _around(order: tuple[int, ...], x: Tensor, before: int) -> list[int]:
+    inside = [i + before for i in order]
+    return [*range(before), *inside, *range(before + len(order), x.ndim)]

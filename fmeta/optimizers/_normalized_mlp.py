@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fmeta._lift import lift
 from fmeta._newton_schulz import orthogonalize as orthogonalized
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
-from fmeta.optimizers._features import is_unobserved, start_factored
+from fmeta.optimizers._features import is_unobserved, start_factored, tiled_means
 from fmeta.optimizers._fused import FUSED_NUMEL
 from fmeta.optimizers._layout import small_matrices_first
 from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
@@ -22,14 +22,13 @@ from fmeta.optimizers._normalized_mlp_fused import fused_delta
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
-    TILE,
-    Axes,
+    axes_in,
     axes_of,
+    clamped,
     direction,
     normalized_delta,
-    squared_means,
-    tiled_delta,
 )
+from fmeta.optimizers._normalized_mlp_tiles import Net, tiled
 from fmeta.random import own
 
 __all__ = ["from_celo2", "normalized_mlp"]
@@ -47,6 +46,8 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "w2": (8, 3),
     "b2": (3,),
 }
+# Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
+_TILE = 2**16
 _DIRECTION = 7  # the row of m * rsqrt(rms) with decay 0.9
 
 
@@ -128,15 +129,14 @@ def normalized_mlp(
             state = {name: torch.zeros_like(p) for name in MOMENTS}
             return {**state, "v": p.new_zeros(*p.shape, len(DECAYS))}
         layout = small_matrices_first(tuple(p.shape))
-        like = p if layout is None else layout.into(p)
-        state = {name: p.new_zeros(like.shape) for name in MOMENTS}
-        if layout is not None:  # as it is worked on; to the outside a tensor of the leaf's shape
-            state = {name: layout.back(x) for name, x in state.items()}
+        # In memory as they are worked on.
+        like = p if layout is None else layout.empty(p)
+        state = {name: torch.zeros_like(like) for name in MOMENTS}
         row, col = start_factored(p, len(DECAYS))
         return {**state, "row": row, "col": col}
 
     def update(
-        th: Tree,
+        weights: _Weights,
         p: Tensor,
         g: Tensor,
         h: dict[str, Tensor],
@@ -151,32 +151,21 @@ def normalized_mlp(
             return _adamw(p, g, h, lr * vector_lr_mult, weight_decay)
         if p.numel() == 0:
             return torch.zeros_like(p), h
-        axes = axes_of(tuple(p.shape), batch)
+        th, axes = weights.th, axes_of(tuple(p.shape), batch)
         numbers = [x for x in (lr, weight_decay) if isinstance(x, Tensor)]
-        post = orthogonalized if orthogonalize else None
-        large = min(FUSED_NUMEL if compile else size_of(p), size_of(p))
-        if (
-            axes.factored is not None
-            and (batch or p.numel() > large)
-            and is_unobserved(p, g, *h.values(), *th.values(), *numbers)
-        ):
-            passes = (
-                fused_delta
-                if compile and not batch
-                else functools.partial(tiled_delta, size=size_of(p), own=own)
-            )
-            means = squared_means(g, axes.factored, size_of(p))
-            return _in_layout(passes, th, p, g, h, axes, means, lr, weight_decay, post, batch)
+        post = orthogonalized if orthogonalize and axes.factored is not None else None
+        if axes.factored is not None and is_unobserved(p, g, *h.values(), *th.values(), *numbers):
+            size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
+            if compile and not batch and p.numel() > min(FUSED_NUMEL, size):
+                return _fused(th, p, g, h, lr, weight_decay, post, size)
+            return tiled(weights.net, p, g, h, batch, lr, weight_decay, post, size, own)
         if chunk is None or p.numel() <= chunk:
             step, h = direction(th, p, g, h, axes)
         else:
             step, h = chunked_direction(th, p, g, h, axes, chunk)
-        if post is not None and axes.factored is not None:
+        if post is not None:
             step = post(step)
         return normalized_delta(step, p, lr, weight_decay, axes), h
-
-    def size_of(p: Tensor) -> int:
-        return chunk_size or (TILE if p.device.type == "cpu" else p.numel())
 
     return lift(
         _init,
@@ -187,6 +176,7 @@ def normalized_mlp(
             "weight_decay": weight_decay,
             "vector_lr_mult": vector_lr_mult,
         },
+        prepare=_Weights,
         batched=True,
         owning=True,
         chunks=lambda coordinates: functools.partial(update, chunk=coordinates),
@@ -244,25 +234,35 @@ def _init(generator: torch.Generator | None = None) -> Tree:
     return th
 
 
-def _in_layout(
-    passes: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+class _Weights:
+    """The weights for all leaves of a step, and what is made of them once where it is needed."""
+
+    def __init__(self, th: Tree) -> None:
+        self.th = th
+
+    @functools.cached_property
+    def net(self) -> Net:
+        return Net(self.th)
+
+
+def _fused(
     th: Tree,
     p: Tensor,
     g: Tensor,
     h: dict[str, Tensor],
-    axes: Axes,
-    means: tuple[Tensor, Tensor],
     lr: Any,
     weight_decay: Any,
     post: Any,
-    batch: int,
+    size: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`tiled_delta` or `fused_delta` in the order of axes that suits the tensor."""
+    """`fused_delta` in the order of axes that suits the tensor."""
+    axes = axes_of(tuple(p.shape))
     assert axes.factored is not None
     d1, d0 = axes.factored
-    layout = small_matrices_first(tuple(p.shape), batch)
+    means = tiled_means(lambda x, out: clamped(x, out).square_(), g, axes.factored, size)
+    layout = small_matrices_first(tuple(p.shape))
     if layout is None:
-        return passes(th, p, g, h, axes, means, lr, weight_decay, post)
+        return fused_delta(th, p, g, h, axes, means, lr, weight_decay, post)
     lacking = {"row": d0, "col": d1}
     state = {k: layout.into(x) for k, x in h.items() if k not in lacking}
     state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
@@ -270,13 +270,9 @@ def _in_layout(
     lr, weight_decay = (
         layout.into(x) if isinstance(x, Tensor) and x.ndim else x for x in (lr, weight_decay)
     )
-    inside = Axes(
-        tuple(layout.order.index(i) for i in axes.matrix),
-        (layout.order.index(d1), layout.order.index(d0)),
-    )
     within = None if post is None else lambda x: layout.into(post(layout.back(x)))
-    p, g = layout.into(p), layout.into(g)
-    delta, new = passes(th, p, g, state, inside, means, lr, weight_decay, within)
+    inside, p, g = axes_in(layout, axes), layout.into(p), layout.into(g)
+    delta, new = fused_delta(th, p, g, state, inside, means, lr, weight_decay, within)
     found = {k: layout.back(x) for k, x in new.items() if k not in lacking}
     found |= {k: layout.back_without(new[k], axis) for k, axis in lacking.items()}
     return layout.back(delta), found

@@ -50,7 +50,7 @@ def chunked_direction(
         w, made = net._scaled(w, made, scale["scale"])
         bias = biases["row"] if "col" not in biases else biases["row"] + biases["col"]
         bias = bias.expand(8, *shape).reshape(8, -1)
-        out = net._network(net._layers(th), w, bias, made.reshape(made.shape[0], -1))
+        out = net._network(net.layers_of(th), w, bias, made.reshape(made.shape[0], -1))
         return out.reshape(shape)
 
     rows = zip(columns, factor_columns, bias_columns, scale_columns, strict=True)
@@ -61,7 +61,7 @@ def _prepared(axes: net.Axes) -> Any:
     """What the whole tensor gives: its new state and the parts that lie along rows and columns."""
 
     def fn(th: Tree, g: Tensor, h: dict[str, Tensor]) -> Any:
-        g = net._clamped(g)
+        g = net.clamped(g)
         square = g * g
         new = net._moments(g, square, h)
         if axes.factored is None:

@@ -12,20 +12,25 @@ __all__ = ["Cuts", "Scratch"]
 
 
 class Cuts:
-    """How tensors of one shape are cut: along as few axes as possible, the first ones.
+    """How tensors of one shape are cut: along as few axes as possible, the first ones that may be.
 
     Attributes:
         axes: ``(axis, length, count)`` for each axis that is cut; the last piece may be shorter.
         shapes: of the tiles.
     """
 
-    def __init__(self, shape: Sequence[int], size: int) -> None:
-        """Tiles of at most ``size`` coordinates, of about equal sizes."""
+    def __init__(self, shape: Sequence[int], size: int, whole: int = 0) -> None:
+        """Tiles of at most ``size`` coordinates, of about equal sizes.
+
+        Args:
+            whole: leading axes that are not cut.
+        """
         self.axes: list[tuple[int, int, int]] = []
         lengths: list[list[int]] = []
-        left = size
+        left = size // max(math.prod(shape[:whole]), 1)
         for axis in reversed(range(len(shape))):
-            n, step = shape[axis], min(shape[axis], max(left, 1))
+            n = shape[axis]
+            step = n if axis < whole else min(n, max(left, 1))
             left //= max(step, 1)
             if step < n:
                 step = -(-n // -(-n // step))
