@@ -200,3 +200,16 @@ def test_a_rate_of_another_shape_is_refused_by_path():
     rule = optimizers.sgd({"w": 0.1, "v": torch.ones(3)})  # would broadcast, differently if stacked
     with pytest.raises(ValueError, match=r"lr \(a tree\) at path v has shape \(3,\).*\(2, 3\)"):
         rule.step({}, params, params, rule.init_hidden({}, params))
+
+
+def test_a_variance_that_rounding_makes_negative_is_none():
+    """Of gradients that stay the same: the square of their mean may exceed the mean square."""
+    g = torch.tensor([-1.0, 2.0, 700.0])
+    rule = optimizers.rmsprop(1.0, 0.9, 0.0, centered=True, eps_root=1e-8)
+    hidden = rule.init_hidden({}, torch.zeros(3))
+    hidden.leaves.update(v=(1 - 1e-6) * g * g, a=g)
+    delta, new = rule.update({}, torch.zeros(3), g, hidden)
+    assert (new.leaves["v"] - new.leaves["a"].square() < -1e-7).all()
+    torch.testing.assert_close(delta, -1e4 * g)
+    slope = torch.func.grad(lambda g: rule.update({}, torch.zeros(3), g, hidden)[0].sum())(g)
+    assert slope.isfinite().all()

@@ -127,6 +127,16 @@ def test_the_rule_is_the_formula():
         numpy.testing.assert_allclose(hidden.leaves[k]["feedback"].numpy(), feedback[k], rtol=1e-8)
 
 
+def test_feedback_forgets_at_most_everything():
+    """A forgetting rate above 1 would make it swing ever wider."""
+    ends = {}
+    for log_forget in (-0.5, 0.0, 2.0):
+        th = {**weights(), "log_forget": torch.tensor(log_forget, dtype=DOUBLE)}
+        ends[log_forget] = train(th, PARAMS, 4)
+    close(ends[2.0], ends[0.0], 0)
+    assert (ends[-0.5][0]["w0"] - ends[0.0][0]["w0"]).abs().max() > 1e-6
+
+
 def test_untrained_it_only_decays():
     p, _ = train(hebbian_mlp().init(), PARAMS, 3)
     close(p, trees.map(lambda x: x * (1 - 1e-4) ** 3, PARAMS), 1e-6)

@@ -7,7 +7,7 @@ import torch
 
 import fmeta
 from fmeta import optimizers, trees
-from fmeta.optimizers import nn_adam
+from fmeta.optimizers import _nn_adam, nn_adam
 from fmeta.random import fold_in
 from fmeta.testing import LAWS, check_optimizer
 
@@ -130,6 +130,26 @@ def test_gradients_are_clamped_to_a_thousand():
     step = lambda size: rule.update(th, params, {"w": size * torch.ones(3)}, hidden)[0]["w"]
     close(step(1e9), step(1e3))
     assert step(1e3).abs().max() > 1.5 * step(5e2).abs().max()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 3.0, 1e30])
+def test_what_the_network_sees_of_a_tensor_is_bounded(size):
+    p = size * torch.tensor([1.0, 2.0, -6.0], **DOUBLE)  # of mean -size, variance 38 / 3 size^2
+    numbers = {"lr": -7.0, "beta1": 7.0, "beta2": -2.0, "epsilon": 1e3}  # of odd start weights
+    h = {"m": p, "v": p * p, **{k: torch.tensor(x, **DOUBLE) for k, x in numbers.items()}}
+
+    def log(x):
+        return max(-5.0, min(5.0, math.log(1e-8 + abs(x)))) / 2
+
+    mean, sign = log(size), -1.0 if size else 0.0
+    square = 41 / 3 * size**2
+    variance = (1 + 16 + 1296) / 3 * size**4 - square**2
+    head = [1.0, -0.4, 1.0, 1.0, -1.0, -1.0]
+    head += [mean, sign, log(3 * size), mean, sign, mean, sign, log(square), -sign]
+    want = [*head, *[log(38 / 3 * size**2)] * 3, log(variance)]
+    got = _nn_adam._features(p, p, h)
+    close(got, torch.tensor(want, **DOUBLE), rtol=1e-9, atol=1e-12)
+    assert got.abs().max() <= 2.5
 
 
 def test_an_empty_tensor_is_finite():

@@ -1,11 +1,13 @@
 """rnn_mlp: validation losses, clipping, tensors that are absent, empty or of many axes, chunks."""
 
+import math
+
 import pytest
 import torch
 
 import fmeta
 from fmeta import optimizers, trees
-from fmeta.optimizers import rnn_mlp
+from fmeta.optimizers import _rnn_mlp_tensor, rnn_mlp
 from fmeta.random import fold_in
 from fmeta.testing import LAWS, check_optimizer
 
@@ -126,6 +128,71 @@ def test_a_flag_for_each_tensor_is_refused():
     rule, th = built()
     with pytest.raises(ValueError, match=r"is_valid must be a scalar, got .* shape \(2,\)"):
         follow(rule, th, start(), flag=lambda t: torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("copies", [2, 3, 30])
+def test_the_number_of_tensors_is_seen_as_its_logarithm(copies):
+    """Of equal tensors each steps as one alone whose first bias says that there are more."""
+    rule, th = built(decays=(0.3, 0.9))
+    many, _ = follow(rule, th, {f"w{i}": start()["w"] for i in range(copies)})
+    row = 3 + 4 * 2 + 11  # after features of a coordinate and of time
+    more = th["mlp"]["w0"][row] * math.log(copies)
+    told = {**th, "mlp": {**th["mlp"], "b0": th["mlp"]["b0"] + more}}
+    one, _ = follow(rule, told, {"w": start()["w"]})
+    for p in many.values():
+        close(p, one["w"])
+    assert (follow(rule, th, {"w": start()["w"]})[0]["w"] - one["w"]).abs().max() > 1e-4
+
+
+def averaged(losses, decay):
+    """Mean and deviation as the reference has them, corrected for their start at zero."""
+    mean = var = 0.0
+    for x in losses:
+        mean = decay * mean + (1 - decay) * x
+        var = decay * var + (1 - decay) * (mean - x) ** 2
+    correction = 1 / (1 - decay ** len(losses) + 1e-8) if losses else 0.0
+    return mean * correction, math.sqrt(var * correction + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "seen"),
+    [
+        ([2.0], [], (0.0, -1.1111)),  # the deviation is about an average of a tenth of it
+        ([1e-6], [1.0], (0.0, 5.0)),
+        ([1e-6], [-1.0], (0.0, -5.0)),
+        ([1.0] * 60, [3.0, 1.0], (0.0, 5.0)),
+        ([1.0] * 60 + [-1e3], [1.0], (-3.1592, 0.3516)),
+        ([1.0, 2.0, 4.0], [2.0, 3.0], (0.6763, 0.0319)),
+    ],
+    ids=["first", "far above", "far below", "still", "a jump", "some"],
+)
+def test_what_is_seen_of_losses_stays_within_five(train, valid, seen):
+    shared = _rnn_mlp_tensor.start(torch.zeros((), **DOUBLE))
+    for x in valid:
+        shared = _rnn_mlp_tensor.after_valid_loss(shared, torch.tensor(x, **DOUBLE))
+    for x in train:
+        loss = torch.tensor(x, **DOUBLE)
+        got, shared = _rnn_mlp_tensor.after_loss(shared, loss, torch.ones(3, **DOUBLE))
+    mean, deviation = averaged(train, 0.9)
+    other, _ = averaged(valid, 0.95)
+    want = [max(-5.0, min(5.0, (x - mean) / deviation)) for x in (train[-1], other)]
+    close(got, torch.tensor(want, **DOUBLE), rtol=1e-6, atol=1e-6)
+    close(got, torch.tensor(seen, **DOUBLE), rtol=0, atol=1e-4)
+
+
+def test_of_a_far_validation_loss_before_the_first_step_only_the_side_is_seen():
+    rule, th = built()
+
+    def first(valid, loss):
+        hidden = rule.init_hidden(th, start())
+        for x, flag in ((valid, True), (loss, False)):
+            given = {"loss": torch.tensor(x, **DOUBLE), "extras": {"is_valid": flag}}
+            delta, hidden = rule.update(th, start(), start(), hidden, **given)
+        return delta
+
+    close(first(1.0, 1e-6), first(9.0, 1e-6), rtol=0, atol=0)
+    assert (first(-1.0, 1e-6)["w"] - first(1.0, 1e-6)["w"]).abs().max() > 1e-4
+    assert (first(1.0, 1.0)["w"] - first(9.0, 1.0)["w"]).abs().max() > 1e-4
 
 
 # -- gradients -----------------------------------------------------------------------------------
