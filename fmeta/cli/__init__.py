@@ -1,4 +1,4 @@
-"""The command line: ``fmeta train``, ``evaluate``, ``plot``, ``optimizers``."""
+"""The command line: ``fmeta train``, ``fewshot``, ``evaluate``, ``plot``, ``optimizers``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fmeta.cli._evaluate import EvaluateConfig, run_evaluate
+from fmeta.cli._fewshot import fewshot_command
 from fmeta.cli._optimizers import OptimizersConfig, run_optimizers
 from fmeta.cli._plot import PlotConfig, run_plot
 from fmeta.cli._train import is_shown_rank, train_command
@@ -23,6 +24,11 @@ _EXAMPLES = {
         "fmeta train --smoke --name try             the same in seconds, to see that it runs",
         "fmeta train --resume                       go on with a run that was stopped",
         "torchrun --nproc-per-node 2 -m fmeta train the same by two processes",
+    ),
+    "fewshot": (
+        "fmeta fewshot --learner maml --task glyphs --ways 5 --shots 1",
+        "fmeta fewshot --learner reptile --task sinusoid --shots 10 --name waves",
+        "fmeta fewshot --resume                     go on with a run that was stopped",
     ),
     "evaluate": (
         "fmeta evaluate runs/digits                 on MLPs of a width not met in meta-training",
@@ -68,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     commands: dict[str, Callable[..., Any]] = {
         "train": train_command(given),
+        "fewshot": fewshot_command(given),
         "evaluate": evaluate,
         "plot": plot,
         "optimizers": optimizers,

@@ -2,6 +2,7 @@
 
 from fmeta.fewshot._anil import anil
 from fmeta.fewshot._baselines import fine_tune, from_scratch, nearest_neighbour
+from fmeta.fewshot._config import FewShotConfig
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._estimator import estimator
@@ -9,6 +10,7 @@ from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._glyphs import Glyphs, glyphs, load_glyphs
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
 from fmeta.fewshot._image_folder import image_folder, omniglot
+from fmeta.fewshot._job import few_shot
 from fmeta.fewshot._llama import llama
 from fmeta.fewshot._losses import LOSSES
 from fmeta.fewshot._maml import first_order_maml, maml
@@ -26,6 +28,7 @@ __all__ = [
     "Adapted",
     "Episode",
     "Examples",
+    "FewShotConfig",
     "Glyphs",
     "MetaLearner",
     "Model",
@@ -37,6 +40,7 @@ __all__ = [
     "draw",
     "estimator",
     "evaluate",
+    "few_shot",
     "fine_tune",
     "first_order_maml",
     "from_classes",

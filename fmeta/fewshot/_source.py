@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Source(NamedTuple):
         queries: query examples, likewise.
         shape: of one input.
         name: for tables and figures.
+        classes: how many there are, by split; of waves none are counted.
     """
 
     sample: Callable[..., Episode]
@@ -35,6 +37,7 @@ class Source(NamedTuple):
     queries: int
     shape: tuple[int, ...]
     name: str = "episodes"
+    classes: Mapping[str, int] = MappingProxyType({})
 
 
 def draw(
@@ -120,7 +123,8 @@ def from_classes(
 
         return Episode(part(0, shots), part(shots, needed), classes)
 
-    return Source(sample, ways, shots, queries, shape, name)
+    counts = {split: len(x) for split, x in images.items()}
+    return Source(sample, ways, shots, queries, shape, name, counts)
 
 
 def _unit(images: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
         options: further arguments of `fmeta.meta_train.run`, with ``outer`` and ``num_steps``.
         evaluate: ``evaluate(result, folder, say) -> results``, a dict of plain values; draws its
             figures into the folder. A pure function of the result: it may be called again.
+        save: ``save(path, meta_params)`` writes the weights; default: as those of ``rule_name``.
         beside: a context that meta-training and evaluation run in; for work on the side.
     """
 
@@ -42,6 +43,7 @@ class Recipe(NamedTuple):
     options: Mapping[str, Any]
     evaluate: Callable[[_loop.Result, Path, Say], dict[str, Any]]
     beside: AbstractContextManager[Any] = nullcontext()
+    save: Callable[[Path, Any], None] | None = None
 
 
 def run_job(
@@ -92,7 +94,10 @@ def run_job(
         with made.beside:
             result = _meta_train(made, folder, values, how, on_step, say)
             weights = folder / WEIGHTS
-            pretrained.save(weights, made.rule_name, result.meta_params, **made.rule_arguments)
+            if made.save is None:
+                pretrained.save(weights, made.rule_name, result.meta_params, **made.rule_arguments)
+            else:
+                made.save(weights, result.meta_params)
             results = made.evaluate(result, folder, say)
         _files.write_json(folder / RESULTS, results)
         return results

@@ -1,0 +1,96 @@
+"""``fmeta fewshot``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmeta.cli._progress import progress_of, value_of
+from fmeta.fewshot import FewShotConfig, few_shot
+from fmeta.meta_train import read_config
+
+__all__ = ["fewshot_command", "run_fewshot"]
+
+
+def fewshot_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function that tyro turns into ``fmeta fewshot``; ``--resume`` takes the run's settings.
+
+    Args:
+        arguments: of the command line, ``fewshot`` first.
+    """
+    default, error = FewShotConfig(), None
+    try:
+        if arguments and arguments[0] == "fewshot" and "--resume" in arguments:
+            out = value_of("--out", arguments) or default.out
+            name = value_of("--name", arguments) or default.name
+            stored = Path(out) / name / "config.json"
+            if stored.exists():
+                default = dataclasses.replace(read_config(stored, default), out=out, name=name)
+    except (ValueError, OSError) as found:
+        error = found
+
+    def fewshot(settings: FewShotConfig = default) -> int:
+        if error is not None:
+            raise error
+        return run_fewshot(settings)
+
+    fewshot.__doc__ = (
+        f"{FewShotConfig.__doc__}\n\nWrites OUT/NAME/ with episodes.png, adaptation.png, "
+        "results.json, weights.safetensors, config.json, metrics.jsonl and checkpoint/. A run that "
+        "was stopped or killed goes on with --resume, and its --out and --name."
+    )
+    return fewshot
+
+
+def run_fewshot(config: FewShotConfig) -> int:
+    """Meta-trains and tests; gives the exit status."""
+    from rich.console import Console
+
+    console = Console()
+    checked = config.checked()
+    torch.set_num_threads(1)
+    try:
+        with progress_of(console, checked.outer_steps) as (on_step, on_phase):
+            results = few_shot(config, on_step=on_step, on_phase=on_phase)
+    except KeyboardInterrupt:
+        again = shlex.join(
+            ["fmeta", "fewshot", "--resume", "--out", config.out, "--name", config.name]
+        )
+        sys.stderr.write(
+            "fmeta: interrupted; the last complete state is saved, and --resume goes on from "
+            f"there: {again}\n"
+        )
+        return 130
+    _show(console, results)
+    console.print(
+        f"everything is in {config.out}/{config.name}/ (figures: episodes.png, adaptation.png)"
+    )
+    return 0
+
+
+def _show(console: Any, results: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    task = results["task"]
+    what = f"{task['ways']}-way {task['shots']}-shot" if task["ways"] else f"{task['shots']} points"
+    table = Table(
+        title=f"{task['name']}, {what}: {results['episodes']} test episodes, normalisation "
+        f"{results['batch_norm']}"
+    )
+    table.add_column("learner")
+    table.add_column(f"{results['measure']} (95 % interval)", justify="right")
+    scale, unit = (100, " %") if results["measure"] == "accuracy" else (1, "")
+    best_first = sorted(
+        results["scores"].items(),
+        key=lambda item: item[1]["mean"] * (-1 if unit else 1),
+    )
+    for name, found in best_first:
+        mean, half = scale * found["mean"], scale * found["half_interval"]
+        table.add_row(name, f"{mean:.3g} ± {half:.2g}{unit}")
+    console.print(table)

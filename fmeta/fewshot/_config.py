@@ -1,0 +1,184 @@
+"""The configuration of the few-shot job; the command line comes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fmeta.fewshot._anil import anil
+from fmeta.fewshot._baselines import fine_tune
+from fmeta.fewshot._contract import MetaLearner
+from fmeta.fewshot._conv4 import conv4
+from fmeta.fewshot._glyphs import glyphs
+from fmeta.fewshot._image_folder import image_folder, omniglot
+from fmeta.fewshot._llama import llama
+from fmeta.fewshot._maml import first_order_maml, maml
+from fmeta.fewshot._maml_plus_plus import maml_plus_plus
+from fmeta.fewshot._meta_lstm import meta_lstm
+from fmeta.fewshot._meta_sgd import meta_sgd
+from fmeta.fewshot._protonet import protonet
+from fmeta.fewshot._reptile import reptile
+from fmeta.fewshot._sinusoid import sinusoid
+from fmeta.fewshot._source import Source
+from fmeta.tasks._mlp import mlp
+
+__all__ = ["LEARNERS", "TASKS", "FewShotConfig"]
+
+LEARNERS: dict[str, Any] = {
+    "maml": maml,
+    "first_order_maml": first_order_maml,
+    "anil": anil,
+    "meta_sgd": meta_sgd,
+    "reptile": reptile,
+    "maml_plus_plus": maml_plus_plus,
+    "llama": llama,
+    "meta_lstm": meta_lstm,
+    "protonet": protonet,
+    "fine_tune": fine_tune,
+}
+# Learners that judge by features and not by a last layer of their own.
+OF_FEATURES = ("protonet", "fine_tune")
+TASKS = ("glyphs", "sinusoid", "omniglot", "image_folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotConfig:
+    """Meta-trains a few-shot learner and tests it on 1,000 episodes of classes it never saw."""
+
+    learner: str = "maml"
+    """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, llama, meta_lstm, protonet
+    or fine_tune."""
+    task: str = "glyphs"
+    """glyphs (letters of matplotlib's fonts), sinusoid, omniglot or image_folder."""
+    ways: int = 5
+    """Classes of an episode."""
+    shots: int = 1
+    """Support examples of a class (sinusoid: of an episode)."""
+    queries: int = 5
+    """Query examples of a class in meta-training (sinusoid: of an episode)."""
+    root: str | None = None
+    """Folder of the data of omniglot and image_folder, or of the cache of glyphs."""
+    out: str = "runs"
+    """Folder in which the run's own folder is made."""
+    name: str = "fewshot"
+    """Name of the run: everything is written to OUT/NAME."""
+    seed: int = 0
+    """Seed of all randomness."""
+    channels: int = 32
+    """Filters of each of the four convolutions (sinusoid: a net of 40 and 40 units)."""
+    batch_norm: str = "transductive"
+    """What a network normalises by on query examples: transductive (all of them) or support."""
+    num_steps: int | None = None
+    """Inner steps; None: the learner's own number."""
+    inner_lr: float | None = None
+    """Rate of the inner steps, at their start; None: 0.1, of sinusoid 0.01."""
+    num_tasks: int = 8
+    """Episodes in a meta-batch."""
+    outer_steps: int = 1200
+    """Outer steps; the default takes about ten minutes with maml on glyphs."""
+    outer_lr: float = 2e-3
+    """Learning rate of Adam outside at its start; it falls to a hundredth, along a cosine."""
+    max_grad_norm: float = 10.0
+    """Meta-gradients with a larger norm are scaled down to it."""
+    validate_every: int = 100
+    """Outer steps between validations; the best meta-parameters are kept."""
+    validation_episodes: int = 100
+    """Episodes of a validation, always the same ones, of classes of their own."""
+    patience: int | None = 5
+    """Stop after this many validations without a new best; None: never."""
+    save_every: int = 50
+    """Outer steps between checkpoints."""
+    test_episodes: int = 1000
+    """Episodes of the final table."""
+    resume: bool = False
+    """Go on with the run in OUT/NAME where it was stopped, or killed."""
+    smoke: bool = False
+    """A few seconds instead of minutes: proves that everything runs, the result is no good."""
+
+    def checked(self) -> FewShotConfig:
+        """This configuration, shrunk for ``smoke``, or a ValueError that names what is wrong."""
+        if self.learner not in LEARNERS:
+            raise ValueError(f"unknown learner {self.learner!r}: there are {', '.join(LEARNERS)}")
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task {self.task!r}: there are {', '.join(TASKS)}")
+        if self.task == "image_folder" and self.root is None:
+            raise ValueError("image_folder needs --root, the folder that holds train/, test/, ...")
+        if self.task == "sinusoid" and self.learner in OF_FEATURES:
+            raise ValueError(f"{self.learner} classifies: sinusoid is a regression, take maml")
+        for field in (
+            "ways",
+            "shots",
+            "queries",
+            "channels",
+            "num_tasks",
+            "outer_steps",
+            "validate_every",
+            "validation_episodes",
+            "save_every",
+            "test_episodes",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("outer_lr", "max_grad_norm"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name must be the name of a folder, got {self.name!r}")
+        if not self.smoke:
+            return self
+        return dataclasses.replace(
+            self,
+            channels=4,
+            num_tasks=2,
+            outer_steps=4,
+            validate_every=2,
+            validation_episodes=4,
+            test_episodes=10,
+        )
+
+    def source(self, *, test: bool = False, progress: bool = True) -> Source:
+        """Episodes; those of the test have 15 queries of a class, or as many as there are."""
+        if self.task == "sinusoid":
+            return sinusoid(self.shots, max(self.queries, 10))
+        options: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
+        if test:
+            options["queries"] = min(15, 20 - self.shots) if self.shots < 20 else self.queries
+        if self.task == "glyphs":
+            return glyphs(**options, root=self.root, progress=progress)
+        if self.task == "omniglot":
+            return omniglot("data" if self.root is None else self.root, **options)
+        assert self.root is not None
+        return image_folder(self.root, **{**options, "queries": self.queries})
+
+    def build(self, source: Source) -> MetaLearner:
+        """The learner."""
+        builder = LEARNERS[self.learner]
+        options: dict[str, Any] = {"batch_norm": self.batch_norm}
+        if self.num_steps is not None and self.learner != "protonet":
+            options["num_steps"] = self.num_steps
+        if self.learner == "protonet":
+            return protonet(self.network(source), self.ways, **options)
+        if self.learner == "fine_tune":
+            return fine_tune(self.network(source), self.ways, source.classes["train"], **options)
+        rate = 0.01 if self.task == "sinusoid" else 0.1
+        if self.learner != "meta_lstm":
+            options["lr"] = rate if self.inner_lr is None else self.inner_lr
+        found: MetaLearner = builder(self.network(source), loss=self.loss, **options)
+        return found
+
+    @property
+    def loss(self) -> str:
+        return "mse" if self.task == "sinusoid" else "cross_entropy"
+
+    def network(self, source: Source, *, head: bool = False) -> Any:
+        """What the learner trains; with ``head`` a classifier in any case."""
+        if self.task == "sinusoid":
+            return mlp((1, 40, 40, 1), "relu")
+        features = self.learner in OF_FEATURES and not head
+        shape = source.shape
+        return conv4(
+            None if features else self.ways,
+            side=shape[-1],
+            in_channels=shape[0],
+            channels=self.channels,
+        )

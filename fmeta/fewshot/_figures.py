@@ -1,0 +1,128 @@
+"""Figures of few-shot learners: episodes with their predictions, accuracy against steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmeta.fewshot._contract import MetaLearner
+from fmeta.fewshot._evaluate import Scores
+from fmeta.fewshot._source import Source, draw
+
+__all__ = ["draw_adaptation", "draw_curves", "draw_episodes"]
+
+_RIGHT, _WRONG = "#009E73", "#D55E00"
+
+
+def draw_episodes(
+    path: Path, learner: MetaLearner, meta_params: Any, source: Source, *, seed: int, rows: int = 4
+) -> None:
+    """Test episodes: a row each, support on the left, queries with what was predicted."""
+    from matplotlib.figure import Figure
+
+    from fmeta.plot._figure import INK, write
+
+    episodes = draw(source, [(seed, i) for i in range(rows)], split="test")
+    shown = min(10, episodes.query.x.shape[1])
+    support = min(10, episodes.support.x.shape[1])
+    figure = Figure(figsize=(0.75 * (support + shown + 1), 1.05 * rows + 0.7))
+    grid = figure.subplots(rows, support + shown + 1)
+    for i, axes in enumerate(grid):
+        (xs, ys), (xq, yq) = (tuple(t[i] for t in e) for e in episodes[:2])
+        with torch.no_grad():
+            predicted = learner.predict(learner.adapt(meta_params, (xs, ys)), xq).argmax(-1)
+        order = ys.argsort(stable=True)
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, k in zip(axes, order[:support].tolist(), strict=False):
+            _image(axis, xs[k], str(int(ys[k])), INK)
+        for axis, x, y, p in zip(axes[support + 1 :], xq, yq, predicted, strict=False):
+            right = bool(y == p)
+            text = f"{int(p)}" if right else f"{int(p)}, is {int(y)}"
+            _image(axis, x, text, _RIGHT if right else _WRONG)
+    figure.suptitle("support with labels | queries with predictions", fontsize=10)
+    write(path, figure)
+
+
+def _image(axis: Any, x: Any, text: str, color: str) -> None:
+    image = x.permute(1, 2, 0) if x.ndim == 3 and len(x) == 3 else x.reshape(x.shape[-2:])
+    axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    axis.set_title(text, color=color, fontsize=8, pad=2)
+
+
+def draw_curves(
+    path: Path, learner: MetaLearner, meta_params: Any, source: Source, *, seed: int, rows: int = 4
+) -> None:
+    """Test waves: the support points, and what is predicted before and after adaptation."""
+    from matplotlib.figure import Figure
+
+    from fmeta.plot._figure import INK, MUTED, PALETTE, write
+
+    episodes = draw(source, [(seed, i) for i in range(rows)], split="test")
+    figure = Figure(figsize=(3.4 * rows, 3.0), layout="constrained")
+    x = torch.linspace(-5, 5, 201)[:, None]
+    for i, axis in enumerate(figure.subplots(1, rows, sharey=True, squeeze=False)[0]):
+        support = tuple(t[i] for t in episodes.support)
+        known = [
+            torch.cat([e.x[i] for e in episodes[:2]]),
+            torch.cat([e.y[i] for e in episodes[:2]]),
+        ]
+        design = torch.cat([known[0].sin(), known[0].cos()], -1)
+        wave = torch.cat([x.sin(), x.cos()], -1) @ torch.linalg.lstsq(design, known[1]).solution
+        axis.plot(x, wave, color=INK, lw=1.2, label="the wave")
+        for steps, color in ((0, MUTED), (1, PALETTE[5]), (None, PALETTE[0])):
+            with torch.no_grad():
+                adapted = learner.adapt(meta_params, support, num_steps=steps)
+                y = learner.predict(adapted, x)
+            label = "all steps" if steps is None else f"{steps} steps" if steps != 1 else "1 step"
+            axis.plot(x, y, color=color, lw=1.6, label=label)
+        axis.plot(*support, "^", color=INK, ms=5, label="support")
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7)
+    write(path, figure)
+
+
+def draw_adaptation(
+    path: Path,
+    score: Callable[[int], Scores],
+    steps: Mapping[int, bool],
+    beside: Mapping[str, Scores],
+    *,
+    title: str,
+    is_loss: bool,
+) -> None:
+    """Accuracy against adaptation steps, also beyond those of meta-training, beside baselines."""
+    from matplotlib.figure import Figure
+
+    from fmeta.plot._figure import PALETTE, write
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+
+    def value(scores: Scores) -> tuple[float, float]:
+        return scores.loss() if is_loss else scores.accuracy()
+
+    found = [value(score(n)) for n in steps]
+    if found:
+        means, halves = (torch.tensor(v) for v in zip(*found, strict=True))
+        numbers = list(steps)
+        axis.plot(numbers, means, "o-", color=PALETTE[0], label="meta-trained")
+        axis.fill_between(numbers, means - halves, means + halves, color=PALETTE[0], alpha=0.2)
+        trained = max((n for n, beyond in steps.items() if not beyond), default=0)
+        axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
+        axis.set_xscale("symlog", linthresh=1)
+    for i, (name, scores) in enumerate(beside.items(), 1):
+        axis.axhline(value(scores)[0], color=PALETTE[i % len(PALETTE)], lw=1.4, label=name)
+    axis.set(
+        title=title,
+        xlabel="adaptation steps",
+        ylabel="mean squared error" if is_loss else "accuracy on queries (band: 95 %)",
+    )
+    if is_loss:
+        axis.set_yscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8)
+    write(path, figure)

@@ -1,0 +1,192 @@
+"""The few-shot job: meta-train a learner, test it beside baselines, write everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmeta import _files, combinators, optimizers
+from fmeta.fewshot._baselines import from_scratch, nearest_neighbour
+from fmeta.fewshot._config import FewShotConfig
+from fmeta.fewshot._contract import MetaLearner
+from fmeta.fewshot._estimator import estimator
+from fmeta.fewshot._evaluate import Scores, evaluate
+from fmeta.fewshot._figures import draw_adaptation, draw_curves, draw_episodes
+from fmeta.fewshot._source import Source
+from fmeta.meta_train import Recipe, Result, run_job
+from fmeta.random import fold_in
+
+__all__ = ["few_shot"]
+
+Say = Callable[[str], None]
+
+_VALIDATION, _TEST = 1_000_003, 2_000_003  # seeds of their episodes
+
+
+def few_shot(
+    config: FewShotConfig,
+    *,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_phase: Say | None = None,
+) -> dict[str, Any]:
+    """Runs the few-shot job and writes ``weights.safetensors``, ``config.json``,
+    ``metrics.jsonl``, ``results.json``, ``episodes.png``, ``adaptation.png`` and ``checkpoint/``
+    into ``config.out/config.name``.
+
+    Args:
+        config: what to do.
+        on_step: called with the metrics of each outer step.
+        on_phase: called with a line of text as each phase begins.
+
+    Returns:
+        What ``results.json`` holds: under ``"scores"`` mean and half the 95 % interval of the
+        accuracy (of sinusoids: of the loss) by name of the learner or baseline, and how they were
+        had.
+
+    Raises:
+        As `fmeta.meta_train.run_job`; ValueError for a configuration that cannot be meant,
+        FileNotFoundError for data that is not there.
+    """
+    return run_job(config.checked(), _recipe, on_step=on_step, on_phase=on_phase)
+
+
+def _recipe(config: FewShotConfig) -> Recipe:
+    source, test = config.source(), config.source(test=True)
+    learner = config.build(source)
+    start = learner.init(fold_in(config.seed))
+
+    def validate(meta_params: Any) -> float:
+        return evaluate(
+            learner,
+            meta_params,
+            source,
+            num_episodes=config.validation_episodes,
+            seed=config.seed + _VALIDATION,
+            split=_judged_on(source, "validation"),
+            loss=config.loss,
+        ).loss()[0]
+
+    options = {
+        "outer": combinators.chain(
+            combinators.clip_by_global_norm(config.max_grad_norm),
+            combinators.scheduled(optimizers.adam(config.outer_lr), _falling, needs={"num_steps"}),
+        ),
+        "num_steps": config.outer_steps,
+        "seed": config.seed,
+        "validate": validate,
+        "validate_every": config.validate_every,
+        "patience": config.patience,
+        "checkpoint_every": config.save_every,
+    }
+
+    def finish(result: Result, folder: Path, say: Say) -> dict[str, Any]:
+        return _test(config, learner, start, test, result, folder, say)
+
+    def save(path: Path, meta_params: Any) -> None:
+        tensors = {k: x for k, x in _files.by_path(meta_params).items() if isinstance(x, Tensor)}
+        _files.save_tree(path, tensors, {"fmeta.fewshot": config.learner})
+
+    return Recipe(
+        config.learner,
+        {},
+        estimator(learner, source, num_tasks=config.num_tasks, num_steps=config.outer_steps),
+        start,
+        options,
+        finish,
+        save=save,
+    )
+
+
+def _judged_on(source: Source, split: str) -> str:
+    """The split, where the source counts classes and has it; else those of the test."""
+    return split if not source.classes or split in source.classes else "test"
+
+
+def _falling(t: Tensor, num_steps: Tensor | None) -> Tensor:
+    assert num_steps is not None  # `needs` asks for it
+    return 0.01 + 0.99 * 0.5 * (1 + torch.cos(math.pi * t / num_steps))
+
+
+def _test(
+    config: FewShotConfig,
+    learner: MetaLearner,
+    start: Any,
+    source: Source,
+    result: Result,
+    folder: Path,
+    say: Say,
+) -> dict[str, Any]:
+    def score(learner: MetaLearner, meta_params: Any, **options: Any) -> Scores:
+        return evaluate(
+            learner,
+            meta_params,
+            source,
+            num_episodes=options.pop("num_episodes", config.test_episodes),
+            seed=config.seed + _TEST,
+            loss=config.loss,
+            batch_size=25,
+            **options,
+        )
+
+    say(f"testing on {config.test_episodes} episodes of {source.name}, of unseen classes")
+    found = {f"{config.learner}, meta-trained": score(learner, result.meta_params)}
+    if config.learner != "fine_tune":
+        found[f"{config.learner}, untrained"] = score(learner, start)
+    scratch = from_scratch(
+        config.network(source, head=True), loss=config.loss, batch_norm=config.batch_norm
+    )
+    found["trained from scratch on the support set"] = score(
+        scratch, scratch.init(fold_in(config.seed))
+    )
+    if source.ways:
+        found["nearest neighbour on pixels"] = score(nearest_neighbour(source.ways), {})
+    say("drawing episodes.png and adaptation.png")
+    drawing = draw_episodes if source.ways else draw_curves
+    drawing(folder / "episodes.png", learner, result.meta_params, source, seed=config.seed + _TEST)
+    few = max(2, config.test_episodes // 5)
+    draw_adaptation(
+        folder / "adaptation.png",
+        lambda steps: score(learner, result.meta_params, num_steps=steps, num_episodes=few),
+        _steps(config, learner, result.meta_params, source),
+        {name: scores for name, scores in found.items() if "meta-trained" not in name},
+        title=f"{config.learner} on {source.name}, {config.ways}-way {config.shots}-shot",
+        is_loss=not source.ways,
+    )
+    return {
+        "scores": {
+            name: {"mean": mean, "half_interval": half}
+            for name, (mean, half) in (
+                (name, s.accuracy() if source.ways else s.loss()) for name, s in found.items()
+            )
+        },
+        "measure": "accuracy" if source.ways else "mean squared error",
+        "episodes": config.test_episodes,
+        "task": {"name": source.name, "ways": source.ways, "shots": source.shots},
+        "batch_norm": config.batch_norm,
+        "training": {
+            "outer_steps": result.step,
+            "stopped_early": result.stopped_early,
+            "skipped": result.skipped,
+        },
+    }
+
+
+def _steps(
+    config: FewShotConfig, learner: MetaLearner, meta_params: Any, source: Source
+) -> dict[int, bool]:
+    """Numbers of adaptation steps to draw, and whether each is beyond that of meta-training."""
+    if config.learner == "protonet":
+        return {}
+    support = source.sample(fold_in(0), _judged_on(source, "test")).support
+    with torch.no_grad():
+        losses = getattr(learner.adapt(meta_params, support), "losses", None)
+    own = 100 if losses is None else len(losses)
+    numbers = sorted({1, max(1, own // 2), own, 2 * own, 4 * own, 8 * own})
+    if losses is not None:
+        numbers = [0, *numbers]
+    return {n: n > own for n in numbers}
