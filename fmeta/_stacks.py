@@ -209,7 +209,7 @@ def _as_one(xs: Sequence[Tensor]) -> Tensor | None:
     So they do once a stack's new state was handed out leaf by leaf.
     """
     first = xs[0]
-    if torch.compiler.is_compiling() or not first.numel() or first.device.type == "meta":
+    if torch.compiler.is_compiling() or not first.numel() or not _has_memory(first):
         return None
     size, memory = first.element_size(), first.untyped_storage()
     # Without loops of Python: this is asked for every tensor of the state, at every step.
@@ -223,11 +223,19 @@ def _as_one(xs: Sequence[Tensor]) -> Tensor | None:
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     if starts[-1] + last * size > memory.data_ptr() + memory.nbytes():
         return None
-    if list(map(Tensor.stride, xs)) != [strides] * len(xs):
-        return None
     if not _is_injective((len(xs), *shape), (distance, *strides)):
         return None
+    if first.is_contiguous():  # which is cheaper to ask for
+        alike = all(map(Tensor.is_contiguous, xs))
+    else:
+        alike = list(map(Tensor.stride, xs)) == [strides] * len(xs)
+    if not alike:
+        return None
     return first.as_strided((len(xs), *shape), (distance, *strides))
+
+
+def _has_memory(x: Tensor) -> bool:
+    return type(x) is Tensor and x.device.type != "meta"  # none of fake tensors, say
 
 
 def _is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:

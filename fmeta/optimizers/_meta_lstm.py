@@ -96,8 +96,10 @@ def meta_lstm(
         x = torch.cat([_preprocess(g, preprocess_factor), seen.expand(g.shape[0], 2)], -1)
         h, c = _cell(th, "layers.0.", x, state["h"], state["c"])
         w = th["gates.weight"]
-        own_part = p[:, None] * w[:, -2] + state["gates"] * w[:, -1]
-        gates = torch.sigmoid(h @ w[:, :-2].T + own_part + th["gates.bias"])
+        size = w.shape[1] - 2
+        seen_by, own_part = w.narrow(1, 0, size), p.unsqueeze(1) * w.select(1, size)
+        own_part = own_part + state["gates"] * w.select(1, size + 1)
+        gates = torch.sigmoid(h @ seen_by.T + own_part + th["gates.bias"])
         i, f = gates.unbind(-1)
         # 1 - f by the other sigmoid would keep more digits; a parameter loses none that it has.
         return (f - 1) * p - i * g, {"h": h, "c": c, "gates": gates}

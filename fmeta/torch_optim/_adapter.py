@@ -239,8 +239,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._torn = False
         if not call.inputs.in_place:
             keys, slots, states = self._keys(), self._slots, call.states
+            given = call.inputs.hidden.leaves
             for i in call.active:
-                states[i].update(slots[i].entries(out.leaves[keys[i]]))
+                new = out.leaves[keys[i]]
+                if new is not given[keys[i]]:  # else its memory took what is new
+                    states[i].update(slots[i].entries(new))
             common = self._shared_slots.entries(out.shared)
             self._owned = False
             self._fresh.update(call.active)

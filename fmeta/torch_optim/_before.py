@@ -135,7 +135,8 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         for group, here in runs
     ]
     # How gradients lie in memory may decide whether a rule returns one of them as its state.
-    layout = [(i, g.dtype, g.layout, _strides(g)) for i in active if (g := grads[i]) is not None]
+    seen: list[Any] = [grads[i] for i in active]
+    layout = [active, [g.dtype for g in seen], [g.stride() for g in seen]]
     careful = traced or layout != opt._clean_for
     if careful:
         _checks.check_dtypes(opt, flat, states, active)
@@ -154,10 +155,6 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         careful,
     )
     return Call(inputs, states, active, layout, device)
-
-
-def _strides(x: Tensor) -> Any:
-    return x.stride() if x.layout is torch.strided else None
 
 
 def numbers(group: dict[str, Any], as_tensors: bool) -> tuple[Any, Any]:

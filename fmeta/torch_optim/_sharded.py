@@ -53,7 +53,8 @@ def is_dtensor(x: Any) -> bool:
 
 def is_sharded(tree: Tree) -> bool:
     """Whether any leaf of the tree is a DTensor."""
-    return any(is_dtensor(x) for x in trees.leaves(tree))
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(x, module.DTensor) for x in trees.leaves(tree))
 
 
 def full(x: Any) -> Any:

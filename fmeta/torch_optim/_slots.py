@@ -32,12 +32,14 @@ class Slots(NamedTuple):
         keys: paths of its entries.
         spec: its structure.
         flat: whether it is a plain dict whose keys are the paths.
+        nested: where its dicts are plain ones: its keys, each with its path or a dict of such.
         kinds: shape and dtype of each entry (None where it is no tensor).
     """
 
     keys: tuple[str, ...]
     spec: Any
     flat: bool
+    nested: dict[str, Any] | None
     kinds: tuple[Any, ...]
 
     @classmethod
@@ -55,23 +57,51 @@ class Slots(NamedTuple):
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in entries.values()
         )
         spec = trees.flatten(tree)[1]
-        return cls(tuple(prefix + k for k in entries), spec, flat and not prefix, kinds)
+        keys = tuple(prefix + k for k in entries)
+        nested = None if prefix else _nested(trees.unflatten(spec, keys))
+        return cls(keys, spec, flat and not prefix, nested, kinds)
 
     def read(self, state: Mapping[str, Any]) -> Tree:
         """The hidden state out of a parameter's dict."""
         if self.flat:
             return {k: state[k] for k in self.keys}
+        if self.nested is not None:
+            return _read(self.nested, state)
         return trees.unflatten(self.spec, [state[k] for k in self.keys])
 
     def entries(self, tree: Tree) -> dict[str, Any]:
         """The entries for a parameter's dict."""
         if self.flat:
             return tree
+        if self.nested is not None:
+            found: dict[str, Any] = {}
+            _write(self.nested, tree, found)
+            return found
         return dict(zip(self.keys, trees.leaves(tree), strict=True))
 
     def held_by(self, state: Mapping[str, Any] | None) -> bool:
         """Whether a parameter's dict holds this state."""
         return not self.keys or (state is not None and self.keys[0] in state)
+
+
+def _nested(paths: Tree) -> dict[str, Any] | None:
+    """The paths, if they stand in plain dicts only."""
+    if type(paths) is not dict:
+        return None
+    below = [_nested(x) for x in paths.values() if not isinstance(x, str)]
+    return None if None in below else paths
+
+
+def _read(nested: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: state[x] if type(x) is str else _read(x, state) for k, x in nested.items()}
+
+
+def _write(nested: dict[str, Any], tree: Tree, found: dict[str, Any]) -> None:
+    for k, x in nested.items():
+        if type(x) is str:
+            found[x] = tree[k]
+        else:
+            _write(x, tree[k], found)
 
 
 def started(optimizer: Optimizer, opt_params: Tree, params: Tree, num_steps: Any) -> Hidden:
