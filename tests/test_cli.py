@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fmeta import evaluate, optimizers, pretrained
-from fmeta.cli import _train, main
+from fmeta.cli import _progress, main
 from fmeta.meta_train import _digits_job
 
 WRITTEN = {
@@ -379,7 +379,7 @@ ROWS = [
 
 def told(rows, total, **console):
     file = io.StringIO()
-    with _train._progress(Console(file=file, width=200, **console), total) as (on_step, on_phase):
+    with _progress.progress_of(Console(file=file, width=200, **console), total) as (on_step, on_phase):
         on_phase("a phase [of two]")
         for row in rows:
             on_step(row)

@@ -49,7 +49,7 @@ def draw_episodes(
 
 def _image(axis: Any, x: Any, text: str, color: str) -> None:
     image = x.permute(1, 2, 0) if x.ndim == 3 and len(x) == 3 else x.reshape(x.shape[-2:])
-    axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    axis.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axis.set_title(text, color=color, fontsize=8, pad=2)
 
 
@@ -72,14 +72,14 @@ def draw_curves(
         ]
         design = torch.cat([known[0].sin(), known[0].cos()], -1)
         wave = torch.cat([x.sin(), x.cos()], -1) @ torch.linalg.lstsq(design, known[1]).solution
-        axis.plot(x, wave, color=INK, lw=1.2, label="the wave")
+        axis.plot(x.numpy(), wave.numpy(), color=INK, lw=1.2, label="the wave")
         for steps, color in ((0, MUTED), (1, PALETTE[5]), (None, PALETTE[0])):
             with torch.no_grad():
                 adapted = learner.adapt(meta_params, support, num_steps=steps)
                 y = learner.predict(adapted, x)
             label = "all steps" if steps is None else f"{steps} steps" if steps != 1 else "1 step"
-            axis.plot(x, y, color=color, lw=1.6, label=label)
-        axis.plot(*support, "^", color=INK, ms=5, label="support")
+            axis.plot(x.numpy(), y.numpy(), color=color, lw=1.6, label=label)
+        axis.plot(*(t.numpy() for t in support), "^", color=INK, ms=5, label="support")
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7)
     write(path, figure)
@@ -109,8 +109,13 @@ def draw_adaptation(
     if found:
         means, halves = (torch.tensor(v) for v in zip(*found, strict=True))
         numbers = list(steps)
-        axis.plot(numbers, means, "o-", color=PALETTE[0], label="meta-trained")
-        axis.fill_between(numbers, means - halves, means + halves, color=PALETTE[0], alpha=0.2)
+        axis.plot(numbers, means.numpy(), "o-", color=PALETTE[0], label="meta-trained")
+        axis.fill_between(
+            numbers,
+            *(v.numpy() for v in (means - halves, means + halves)),
+            color=PALETTE[0],
+            alpha=0.2,
+        )
         trained = max((n for n, beyond in steps.items() if not beyond), default=0)
         axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
         axis.set_xscale("symlog", linthresh=1)

@@ -1,0 +1,106 @@
+"""`fmeta fewshot` from the command line to the files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmeta.fewshot._job as job
+from fmeta.cli import main
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Classes that are stripes of their own widths."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        for c in range(6):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(8):
+                stripes = 120 * (np.arange(28) % (c + 2) == 0)[None]
+                stripes = stripes + draw.integers(0, 99, (28, 28))
+                Image.fromarray(stripes.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def fewshot(images, out, *options):
+    common = ["--task", "image_folder", "--root", str(images), "--ways", "3", "--out", str(out)]
+    return main(["fewshot", "--smoke", *common, *options])
+
+
+def contents(folder):
+    return {
+        p.name: p.read_bytes().replace(str(folder).encode(), b"OUT")
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not p.name.endswith("timing.jsonl")
+    }
+
+
+LEARNERS = ("maml", "reptile", "protonet", "fine_tune")
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_learner_is_trained_tested_and_drawn(images, tmp_path, learner, capsys):
+    assert fewshot(images, tmp_path, "--learner", learner) == 0
+    folder = tmp_path / "fewshot"
+    for name in ("episodes.png", "adaptation.png", "weights.safetensors", "metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    results = json.loads((folder / "results.json").read_text())
+    names = set(results["scores"])
+    assert f"{learner}, meta-trained" in names
+    assert "nearest neighbour on pixels" in names
+    assert all(0 <= s["mean"] <= 1 and s["half_interval"] >= 0 for s in results["scores"].values())
+    text = capsys.readouterr().out
+    assert "3-way 1-shot" in text
+    assert "transductive" in text
+
+
+def test_waves_have_curves_and_no_neighbours(tmp_path):
+    options = ["--task", "sinusoid", "--shots", "10", "--out", str(tmp_path)]
+    assert main(["fewshot", "--smoke", *options]) == 0
+    results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
+    assert results["measure"] == "mean squared error"
+    assert not any("neighbour" in name for name in results["scores"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert fewshot(images, whole) == 0
+    real = job.estimator
+
+    def stopping(*args, **options):
+        made = real(*args, **options)
+
+        def estimate(meta_params, state):
+            if state.step == 3:
+                raise KeyboardInterrupt
+            return made.estimate(meta_params, state)
+
+        return made._replace(estimate=estimate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "estimator", stopping)
+        assert fewshot(images, parts) == 130
+    assert f"fmeta fewshot --resume --out {parts} --name fewshot" in capsys.readouterr().err
+    assert main(["fewshot", "--resume", "--out", str(parts)]) == 0
+    assert contents(parts) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learner", "mamal"], "unknown learner 'mamal': there are maml"),
+        (["--task", "letters"], "unknown task 'letters': there are glyphs"),
+        (["--task", "image_folder"], "image_folder needs --root"),
+        (["--task", "sinusoid", "--learner", "protonet"], "sinusoid is a regression"),
+        (["--ways", "0"], "ways must be at least 1"),
+        (["--task", "omniglot"], "no Omniglot in"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_said(tmp_path, options, message, capsys):
+    assert main(["fewshot", "--out", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err
