@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from fmeta.cli._progress import progress_of, value_of
+from fmeta.cli._train import is_shown_rank
+from fmeta.distributed import RankLost, joined
 from fmeta.fewshot import FewShotConfig, few_shot
 from fmeta.meta_train import read_config
 
@@ -53,25 +55,42 @@ def run_fewshot(config: FewShotConfig) -> int:
     from rich.console import Console
 
     console = Console()
-    checked = config.checked()
+    shows = is_shown_rank()
+    try:
+        checked = config.checked()
+    except ValueError:
+        if shows:
+            raise
+        return 1
     torch.set_num_threads(1)
     try:
-        with progress_of(console, checked.outer_steps) as (on_step, on_phase):
-            results = few_shot(config, on_step=on_step, on_phase=on_phase)
+        progress = progress_of(console, checked.outer_steps, shows)
+        with joined() as ranks, progress as (on_step, on_phase):
+            results = few_shot(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
-        again = shlex.join(
-            ["fmeta", "fewshot", "--resume", "--out", config.out, "--name", config.name]
-        )
-        sys.stderr.write(
-            "fmeta: interrupted; the last complete state is saved, and --resume goes on from "
-            f"there: {again}\n"
-        )
+        if shows:
+            _complain(f"interrupted; {_how_to_resume(config)}")
         return 130
+    except RankLost as lost:
+        if lost.is_told_here:
+            _complain(f"{lost}; {_how_to_resume(config)}")
+        return 1
+    if not shows:
+        return 0
     _show(console, results)
     console.print(
         f"everything is in {config.out}/{config.name}/ (figures: episodes.png, adaptation.png)"
     )
     return 0
+
+
+def _how_to_resume(config: FewShotConfig) -> str:
+    again = ["fmeta", "fewshot", "--resume", "--out", config.out, "--name", config.name]
+    return "the last complete state is saved, and --resume goes on from there: " + shlex.join(again)
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"fmeta: {text}\n")
 
 
 def _show(console: Any, results: dict[str, Any]) -> None:

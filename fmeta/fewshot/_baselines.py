@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._unroll import unroll
+from fmeta.distributed import Share
 from fmeta.estimators import Estimate
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
@@ -126,13 +127,15 @@ def fine_tune(
 
     by_piece = estimate_by(by_gradient(meta_loss), chunk_size=chunk_size)
 
-    def estimate(meta_params: Tree, episodes: Any, progress: float = 1.0) -> Estimate:
+    def estimate(
+        meta_params: Tree, episodes: Any, progress: float = 1.0, *, share: Share | None = None
+    ) -> Estimate:
         if not isinstance(check_episodes(episodes).classes, Tensor):
             raise ValueError(
                 "fine_tune needs to know which classes an episode has: give Episode(support, "
                 "query, classes), as the sources of classes do"
             )
-        return by_piece(meta_params, episodes, progress)
+        return by_piece(meta_params, episodes, progress, share=share)
 
     def head_loss(head: Tree, batch: Any) -> Tensor:
         features, y = batch
@@ -180,7 +183,7 @@ def nearest_neighbour(ways: int) -> MetaLearner:
     """
     check_sizes(ways=ways)
 
-    def estimate(meta_params: Tree, episodes: Any, progress: float = 1.0) -> Estimate:
+    def estimate(meta_params: Tree, episodes: Any, progress: float = 1.0, **more: Any) -> Estimate:
         raise ValueError("nearest_neighbour has nothing to learn: evaluate it as it is")
 
     def adapt(meta_params: Tree, support: Any, *, num_steps: int | None = None) -> Memory:

@@ -46,10 +46,12 @@ class MetaLearner(NamedTuple):
 
     Attributes:
         init: ``init(generator=None) -> meta_params``.
-        estimate: ``estimate(meta_params, episodes, progress=1.0) -> Estimate``, of a meta-batch;
-            ``progress`` is the part of meta-training that is over, for learners whose meta-loss
-            changes on the way. Metrics are those of `fmeta.estimators.Estimate` that concern one
-            estimate, and of classifiers ``"accuracy"`` ``(tasks,)``.
+        estimate: ``estimate(meta_params, episodes, progress=1.0, *, share=None) -> Estimate``, of a
+            meta-batch; ``progress`` is the part of meta-training that is over, for learners whose
+            meta-loss changes on the way, and ``share`` says which of the meta-batch these episodes
+            are, where several processes have a part each (`estimator` does that). Metrics are
+            those of `fmeta.estimators.Estimate` that concern one estimate, and of classifiers
+            ``"accuracy"`` ``(tasks,)``.
         adapt: ``adapt(meta_params, support, *, num_steps=None) -> adapted``, of one task, for
             ``vmap``; ``num_steps`` other than that of meta-training is for learners that take
             steps, and refused by others.

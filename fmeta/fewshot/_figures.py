@@ -110,12 +110,8 @@ def draw_adaptation(
         means, halves = (torch.tensor(v) for v in zip(*found, strict=True))
         numbers = list(steps)
         axis.plot(numbers, means.numpy(), "o-", color=PALETTE[0], label="meta-trained")
-        axis.fill_between(
-            numbers,
-            *(v.numpy() for v in (means - halves, means + halves)),
-            color=PALETTE[0],
-            alpha=0.2,
-        )
+        low, high = (means - halves).numpy(), (means + halves).numpy()
+        axis.fill_between(numbers, low, high, color=PALETTE[0], alpha=0.2)
         trained = max((n for n, beyond in steps.items() if not beyond), default=0)
         axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
         axis.set_xscale("symlog", linthresh=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fmeta import _files, combinators, optimizers
+from fmeta.distributed import Ranks
 from fmeta.fewshot._baselines import from_scratch, nearest_neighbour
 from fmeta.fewshot._config import FewShotConfig
 from fmeta.fewshot._contract import MetaLearner
@@ -33,6 +35,7 @@ def few_shot(
     *,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     on_phase: Say | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Runs the few-shot job and writes ``weights.safetensors``, ``config.json``,
     ``metrics.jsonl``, ``results.json``, ``episodes.png``, ``adaptation.png`` and ``checkpoint/``
@@ -42,6 +45,7 @@ def few_shot(
         config: what to do.
         on_step: called with the metrics of each outer step.
         on_phase: called with a line of text as each phase begins.
+        ranks: who share the episodes; rank 0 alone validates, tests and writes.
 
     Returns:
         What ``results.json`` holds: under ``"scores"`` mean and half the 95 % interval of the
@@ -52,11 +56,14 @@ def few_shot(
         As `fmeta.meta_train.run_job`; ValueError for a configuration that cannot be meant,
         FileNotFoundError for data that is not there.
     """
-    return run_job(config.checked(), _recipe, on_step=on_step, on_phase=on_phase)
+    ranks = ranks or Ranks.alone()
+    recipe = functools.partial(_recipe, ranks=ranks)
+    return run_job(config.checked(), recipe, on_step=on_step, on_phase=on_phase, ranks=ranks)
 
 
-def _recipe(config: FewShotConfig) -> Recipe:
-    source, test = config.source(), config.source(test=True)
+def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
+    source = config.source(progress=ranks.is_first)
+    test = config.source(test=True)
     learner = config.build(source)
     start = learner.init(fold_in(config.seed))
 
@@ -94,7 +101,9 @@ def _recipe(config: FewShotConfig) -> Recipe:
     return Recipe(
         config.learner,
         {},
-        estimator(learner, source, num_tasks=config.num_tasks, num_steps=config.outer_steps),
+        estimator(
+            learner, source, num_tasks=config.num_tasks, num_steps=config.outer_steps, ranks=ranks
+        ),
         start,
         options,
         finish,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
+from fmeta.distributed import Share
 from fmeta.estimators import Estimate
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import check_meta_params
@@ -61,7 +62,13 @@ def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[...,
         chunk_size: episodes that are worked on together, as in `torch.vmap`; None: all.
     """
 
-    def estimate(meta_params: Tree, episodes: Episode, progress: float = 1.0) -> Estimate:
+    def estimate(
+        meta_params: Tree,
+        episodes: Episode,
+        progress: float = 1.0,
+        *,
+        share: Share | None = None,
+    ) -> Estimate:
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
         together = torch.vmap(
@@ -75,7 +82,7 @@ def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[...,
             if seen.losses.shape[1]:
                 bad = first_bad_step(seen.losses.T.unsqueeze(-1))
             metrics = {"losses": seen.losses, "accuracy": seen.accuracy}
-            return mean_over_tasks(values, parts, bad, metrics)
+            return mean_over_tasks(values, parts, bad, metrics, share=share)
 
     return estimate
 

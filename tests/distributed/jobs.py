@@ -6,7 +6,7 @@ import time
 import torch
 
 import fmeta
-from fmeta import distributed, estimators, trees
+from fmeta import distributed, estimators, fewshot, trees
 from fmeta.meta_train import resume, run
 from fmeta.tasks import TaskFamily, mixture
 
@@ -149,10 +149,28 @@ def everything(ranks, folder):
         "float32": float32_estimate(ranks),
         "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
         "mean": mean(ranks),
+        "few-shot": few_shot(ranks),
         "same": same(ranks),
         "handed out": handed_out(ranks),
         "run": meta_trained(ranks, folder / "run"),
     }
+
+
+def few_shot(ranks):
+    """Three meta-batches of five episodes with MAML, second order."""
+    net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    for i, p in enumerate(net.parameters()):
+        p.data = 0.5 * torch.randn(p.shape, generator=fmeta.random.fold_in(1, i))
+    learner = fewshot.maml(net, num_steps=2, lr=0.01, loss="mse")
+    estimator = fewshot.estimator(learner, fewshot.sinusoid(5, 5), num_tasks=5, ranks=ranks)
+    params = learner.init()
+    state, found = estimator.init(params, 0), {}
+    for k in range(3):
+        estimate, state = estimator.estimate(params, state)
+        found |= {f"{k}/{name}": x for name, x in estimate.grads["model_params"].items()}
+        found |= {f"{k}/{name}": estimate.metrics[name] for name in ("drawn", "losses")}
+        found[f"{k}/loss"] = estimate.loss
+    return found
 
 
 def not_redrawing(ranks):

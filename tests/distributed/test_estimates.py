@@ -75,3 +75,9 @@ def test_evolution_strategies_exchange_scalars_and_gradients_one_sum(on_two):
     assert kinds == ["all_reduce", "all_gather"]
     reduced = [int(found["full"][0].split()[1]) for found in (few, many)]
     assert reduced == [4 * (10 + 2), 4 * (1000 + 2)]  # the weights, a rate, the number of tasks
+
+
+def test_maml_on_two_ranks_gives_what_one_does(jobs, on_two):
+    want = jobs.few_shot(Ranks.alone())
+    for found in on_two:
+        close(found["few-shot"], want, 1e-6)
