@@ -20,13 +20,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 
 # Starts the command in forks of a process that has imported everything: imports take seconds.
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import matplotlib.backends.backend_agg, scipy.stats, sklearn.datasets
 from fmeta.cli import main
 for line in sys.stdin:
     arguments, out, error = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
         for number, path in ((1, out), (2, error)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os._exit(main(arguments))
