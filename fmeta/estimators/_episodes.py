@@ -58,13 +58,14 @@ class Episodes(NamedTuple):
             shown = sample_batches(
                 self.family, task.config, self.horizon, *ints, split=self.eval_split
             )
-        generators = [fold_in(*ints, _NOISE, r) for r in range(self.rollouts)]
+        generator = fold_in(*ints, _NOISE)
 
-        def normal(p: Tensor, generator: torch.Generator) -> Tensor:
+        def normal(p: Tensor) -> Tensor:
             dtype = trees.compute_dtype(p)
             return torch.randn(self.horizon, *p.shape, generator=generator, dtype=dtype)
 
-        noise = [trees.map(lambda p, g=g: normal(p, g), task.model_params) for g in generators]
+        # One rollout after the other, so that none depends on how many there are.
+        noise = [trees.map(normal, task.model_params) for _ in range(self.rollouts)]
         return (*task, shown, trees.stack(noise))
 
 

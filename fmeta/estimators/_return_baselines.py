@@ -109,13 +109,14 @@ def _learned() -> Baseline:
 
 
 def _features(losses: Tensor) -> Tensor:
-    """``(features, T, tasks, rollouts)``: powers of the time left, and of the loss."""
+    """``(features, T, tasks, rollouts)``: powers of the time left, times functions of the loss."""
     steps = len(losses)
     left = torch.arange(steps, 0, -1, dtype=losses.dtype, device=losses.device) / steps
     left = left[:, None, None].expand(losses.shape)
-    size = torch.asinh(losses)  # of the order of a logarithm where losses are huge
     by_left = (torch.ones_like(left), left, left.square())
-    return torch.stack([x * y for x in by_left for y in (torch.ones_like(size), size, size**2)])
+    # asinh is of the order of a logarithm where losses are huge.
+    by_loss = (torch.ones_like(losses), losses, torch.asinh(losses))
+    return torch.stack([x * y for x in by_left for y in by_loss])
 
 
 def _of_this_estimate(returns: Tensor) -> Tensor:
@@ -125,9 +126,10 @@ def _of_this_estimate(returns: Tensor) -> Tensor:
 
 def _mean_of_others(returns: Tensor, dim: int) -> Tensor:
     """The mean along ``dim`` of all finite ones but the own; 0 where there is no other."""
-    kept, is_finite = torch.where(returns.isfinite(), returns, 0.0), returns.isfinite()
+    is_finite = returns.isfinite()
+    kept = torch.where(is_finite, returns, 0.0).double()
     others = is_finite.sum(dim, keepdim=True) - is_finite.to(torch.int64)
-    return (kept.sum(dim, keepdim=True) - kept) / others.clamp_min(1)
+    return ((kept.sum(dim, keepdim=True) - kept) / others.clamp_min(1)).to(returns.dtype)
 
 
 def _finite(returns: Tensor) -> tuple[Tensor, Tensor]:
