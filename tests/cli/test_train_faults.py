@@ -102,7 +102,7 @@ def test_a_signal_leaves_a_run_that_can_be_resumed_and_says_how(
     process.wait_for(phase)
     process.send(number)
     process.send(number)  # impatient
-    assert process.status() == 130
+    assert process.status() in (130, -number)  # the second may come when all is done but to end
     assert f"fmeta train --resume --out {tmp_path} --name digits" in process.error.read_text()
     assert start("--resume").status() == 0
     assert contents(tmp_path) == whole[0]
