@@ -115,6 +115,7 @@ def draw_adaptation(
         trained = max((n for n, beyond in steps.items() if not beyond), default=0)
         axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(left=-0.2)
     for i, (name, scores) in enumerate(beside.items(), 1):
         axis.axhline(value(scores)[0], color=PALETTE[i % len(PALETTE)], lw=1.4, label=name)
     axis.set(
