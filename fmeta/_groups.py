@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._leaves import RULE_ERRORS, Leaves, per_leaf
-from fmeta._stacks import Rows, Stack, broadcast, under_vmap
+from fmeta._stacks import Columns, Rows, Stack, broadcast, under_vmap
 
-__all__ = ["ALONE", "BATCHED", "STACKED", "Done", "LeafRule"]
+__all__ = ["ALONE", "BATCHED", "STACKED", "TILES", "Done", "LeafRule"]
 
 Tree = Any
 
@@ -30,6 +30,8 @@ ALONE = {"max_numel": -1, "min_size": 1, "total": 1}
 # A rule of many operations that takes stacks as they are (tile by tile) gains with any two leaves
 # whose operations are too short.
 BATCHED = {"max_numel": 2**15, "min_size": 2, "total": 2**17}
+# One whose features of a stack are kept only while they fit into one tile (velo).
+TILES = {"max_numel": 2**15, "min_size": 2, "total": 2**16}
 
 
 class Done(NamedTuple):
@@ -83,6 +85,7 @@ class LeafRule(NamedTuple):
         *,
         rows: Mapping[str, Rows] | None = None,
         own: bool = False,
+        memo: dict[int, Any] | None = None,
     ) -> Iterator[Done]:
         """One group of active leaves after the other.
 
@@ -93,15 +96,14 @@ class LeafRule(NamedTuple):
             extra: keywords of ``update_leaf`` that are the same for all leaves.
             rows: keywords that are a row for each leaf.
             own: whether the memory of the states may hold the new ones.
+            memo: keeps the stacks of states in their own memory for another pass over the same
+                leaves and states; empty at first.
         """
         numbers = _Hypers(hypers, at, self.elementwise)
         extra = {**extra, "own": True} if own and self.owning else extra
         weights: dict[torch.dtype, Tree] = {}
         prepared: dict[torch.dtype, Any] = {}
-        candidates: list[Any] = [None] * len(at.params)
-        for i in at.active:
-            candidates[i] = at.params[i]
-        for group in trees.shape_classes(candidates, **self.limits):
+        for group in at.groups(self.limits):
             dtype = trees.compute_dtype(at.params[group[0]])
             if dtype not in weights:
                 weights[dtype] = at.weights(opt_params, dtype)
@@ -109,10 +111,11 @@ class LeafRule(NamedTuple):
                 if dtype not in prepared:
                     own_form = self.prepare
                     prepared[dtype] = own_form(weights[dtype]) if own_form else weights[dtype]
-                work = self._alone if len(group) == 1 else self._stacked
-                delta, states = work(
-                    prepared[dtype], at, group, dtype, numbers, extra, rows or {}, own
-                )
+                common = prepared[dtype], at, group, dtype, numbers, extra, rows or {}
+                if len(group) == 1:
+                    delta, states = self._alone(*common)
+                else:
+                    delta, states = self._stacked(*common, own, memo)
             except RULE_ERRORS as error:
                 at.check_states(group, shapes=self.elementwise)
                 first = at.pair(group[0])[0]
@@ -132,7 +135,6 @@ class LeafRule(NamedTuple):
         numbers: _Hypers,
         extra: Mapping[str, Any],
         rows: Mapping[str, Rows],
-        own: bool,
     ) -> tuple[Tensor, Sequence[Any]]:
         (i,) = group
         at.check_states(group, shapes=self.elementwise)
@@ -156,23 +158,27 @@ class LeafRule(NamedTuple):
         extra: Mapping[str, Any],
         rows: Mapping[str, Rows],
         own: bool,
+        memo: dict[int, Any] | None,
     ) -> tuple[Tensor, Sequence[Any]]:
-        params = _stack([at.params[i] for i in group], dtype)
-        states, device = [at.states[i] for i in group], params.device
-        x = Stack(
-            params,
-            _stack([at.grads[i] for i in group], dtype),
-            states,
-            [k for k in states[0] if k != self.skip],
-            numbers.of(group, dtype, device),
-            {k: y.of(group).to(device, dtype) for k, y in rows.items()},
-            own,
-        )
+        states = [at.states[i] for i in group]
+        keys = [k for k in states[0] if k != self.skip]
+        if memo and group[0] in memo:
+            params, grads, columns = memo[group[0]]
+        else:
+            params = _stack([at.params[i] for i in group], dtype)
+            grads = _stack([at.grads[i] for i in group], dtype)
+            columns = Columns(states, keys, own, params.ndim - 1) if self.stacks else None
+            if memo is not None and columns is not None and columns.in_place:
+                memo[group[0]] = params, grads, columns
+        device = params.device
+        hypers = numbers.of(group, dtype, device)
+        told = {k: y.of(group).to(device, dtype) for k, y in rows.items()}
+        x = Stack(params, grads, states, keys, hypers, told)
         extra = {**numbers.common(dtype, device), **extra}
-        if not self.stacks:
+        if columns is None:
             return under_vmap(self.update_leaf, theta, x, extra)
         check = functools.partial(at.check_column, group, params, shapes=self.elementwise)
-        return broadcast(self.update_leaf, theta, x, {**extra, **self.keyword}, check)
+        return broadcast(self.update_leaf, theta, x, columns, {**extra, **self.keyword}, check)
 
 
 class _Hypers:

@@ -61,11 +61,21 @@ class Leaves:
             if p is not None and g is not None
         ]
         self.model_params = model_params
+        self._grouped: tuple[Any, list[list[int]]] | None = None
         for i in self.active:
             if self.grads[i].device != self.params[i].device:
                 raise self._elsewhere(i, "gradient", self.grads[i].device)
         if not states_later:
             self.check_states(self.active, shapes=False)
+
+    def groups(self, limits: Mapping[str, int]) -> list[list[int]]:
+        """The active leaves as `trees.shape_classes` has them; the same ones for a second pass."""
+        if self._grouped is None or self._grouped[0] is not limits:
+            candidates: list[Any] = [None] * len(self.params)
+            for i in self.active:
+                candidates[i] = self.params[i]
+            self._grouped = (limits, trees.shape_classes(candidates, **limits))
+        return self._grouped[1]
 
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Parameter and gradient of leaf i in the compute dtype."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["Columns", "Rows", "Stack", "broadcast", "under_vmap"]
+__all__ = ["Columns", "Rows", "Stack", "broadcast", "can_index", "under_vmap"]
 
 Tree = Any
 State = dict[str, Any]
@@ -35,6 +35,8 @@ class Rows:
         at = [self.at[i] for i in group]
         if at == list(range(at[0], at[0] + len(at))):
             return self.matrix.narrow(0, at[0], len(at))
+        if can_index(self.matrix):
+            return self.matrix.index_select(0, torch.tensor(at))
         return torch.stack([self.rows[j] for j in at])
 
     def row(self, leaf: int) -> Tensor:
@@ -49,6 +51,15 @@ class Rows:
         return self._rows
 
 
+def can_index(x: Tensor) -> bool:
+    """Whether rows may be taken by a tensor made of Python numbers.
+
+    On other devices that waits for a copy, transforms on meta tensors refuse it, and a compiled
+    step would be compiled for these numbers.
+    """
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class Stack(NamedTuple):
     """What goes into the update of a group of leaves of one shape.
 
@@ -58,7 +69,6 @@ class Stack(NamedTuple):
         keys: which of its entries the rule sees.
         hypers: name -> a value for each leaf, a list.
         rows: name -> ``(B, *row)``.
-        own: whether the memory of the states may hold the new ones.
     """
 
     params: Tensor
@@ -67,7 +77,6 @@ class Stack(NamedTuple):
     keys: Sequence[str]
     hypers: Mapping[str, Sequence[Any]]
     rows: Mapping[str, Tensor]
-    own: bool
 
 
 class Columns:
@@ -99,6 +108,11 @@ class Columns:
             self.given.update({k: self.given[k].clone() for k in self._kept})
             self._kept = set()
         self._taken = {_memory(self.given[k]) for k in self._kept}
+
+    @property
+    def in_place(self) -> bool:
+        """Whether nothing had to be copied."""
+        return len(self._kept) == len(self.keys)
 
     def spared(self, x: Tensor) -> Tensor:
         """``x``, or a copy if `put` is going to change it."""
@@ -134,19 +148,20 @@ def broadcast(
     update: Callable[..., Any],
     theta: Tree,
     x: Stack,
+    columns: Columns,
     extra: Mapping[str, Any],
     check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Sequence[State]]:
     """The update of a stack by a rule that takes stacks as they are.
 
     Args:
+        columns: of the states.
         check: gets each entry of the state, stacked.
 
     Returns:
         ``(delta, states)``, ``(B, *leaf)`` and a dict for each leaf.
     """
     ones = (1,) * (x.params.ndim - 1)
-    columns = Columns(x.states, x.keys, x.own, len(ones))
     for k, column in columns.given.items():
         check(column if x.states[0][k].ndim else column.reshape(-1))
     numbers = {k: _spread(v, x.params, ones) for k, v in x.hypers.items()}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._groups import BATCHED, Done, LeafRule
+from fmeta._groups import TILES, Done, LeafRule
 from fmeta._leafwise import consuming
 from fmeta._leaves import RULE_ERRORS, Leaves, check_state, start_leaves
-from fmeta._stacks import Columns, Rows
+from fmeta._stacks import Columns, Rows, can_index
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 
@@ -49,7 +49,9 @@ def treewise(rule: Any) -> Optimizer:
             - ``needs`` (optional): then ``mix`` gets ``loss=`` and ``extras=``;
             - ``batched`` (optional): if true, small leaves of one shape go stacked, with a leading
               axis everywhere, into ``summary(..., batch=1)`` (or ``observe``) and ``update(...,
-              batch=1)``, instead of under `vmap`.
+              batch=1)``, instead of under `vmap`;
+            - ``owning`` (optional): if true, ``update`` gets ``own=True`` where the hidden dict is
+              nobody else's, and its memory may hold the new one.
 
     Returns:
         An `Optimizer`; the hidden dict at a leaf is what ``init_hidden`` gives and, under
@@ -92,9 +94,9 @@ def treewise(rule: Any) -> Optimizer:
         return summary, check_state(new, "observe")
 
     def update_leaf(
-        th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor, **batch: int
+        th: Tree, p: Tensor, g: Tensor, h: dict[str, Any], control: Tensor, **more: Any
     ) -> Any:
-        delta, new = change(th, p, g, h, control, **batch)
+        delta, new = change(th, p, g, h, control, **more)
         check_delta(delta, p)
         return delta, new
 
@@ -110,8 +112,9 @@ def treewise(rule: Any) -> Optimizer:
     moving = LeafRule(init, init_hidden, update_leaf, skip="tensor")
     if getattr(rule, "batched", False):
         seeing, moving = (
-            x._replace(limits=BATCHED, stacks=True, keyword={"batch": 1}) for x in (seeing, moving)
+            x._replace(limits=TILES, stacks=True, keyword={"batch": 1}) for x in (seeing, moving)
         )
+    moving = moving._replace(owning=getattr(rule, "owning", False))
 
     def advance(
         opt_params: Tree,
@@ -131,7 +134,10 @@ def treewise(rule: Any) -> Optimizer:
             raise at.missing("tensor")
         given, states = list(at.states), list(at.states)
         delta: list[Any] = [None] * len(at.params)
-        seen = list(seeing.run(at, opt_params, {}, {"shared": hidden.shared}, own=own))
+        # The stacks of the first pass do for the second where the states are still the same.
+        memo: dict[int, Any] | None = {} if own and not observes else None
+        told: dict[str, Any] = {"shared": hidden.shared}
+        seen = list(seeing.run(at, opt_params, {}, told, own=own, memo=memo))
         summaries = _in_order(seen, at.active)
         tensors = _Tensors([given[i]["tensor"] for i in at.active], own)
         try:
@@ -153,8 +159,8 @@ def treewise(rule: Any) -> Optimizer:
             for done in seen:
                 for i, state in zip(done.group, done.states, strict=True):
                     at.states[i] = state
-        told = {"control": Rows(controls, at.active)}
-        for done in moving.run(at, opt_params, {}, {}, rows=told, own=own):
+        rows = {"control": Rows(controls, at.active)}
+        for done in moving.run(at, opt_params, {}, {}, rows=rows, own=own, memo=memo):
             for i, d, state in zip(done.group, done.deltas(), done.states, strict=True):
                 delta[i], states[i] = d, state
         for i, state in zip(at.active, own_states, strict=True):
@@ -190,6 +196,9 @@ def _in_order(seen: Sequence[Done], active: Sequence[int]) -> Tensor:
     order = [i for x in seen for i in x.group]
     if order == list(active):
         return torch.cat(stacks)
+    if can_index(stacks[0]):
+        at = {i: row for row, i in enumerate(order)}
+        return torch.cat(stacks).index_select(0, torch.tensor([at[i] for i in active]))
     rows = dict(zip(order, (row for x in stacks for row in x.unbind(0)), strict=True))
     return torch.stack([rows[i] for i in active])
 
@@ -202,7 +211,7 @@ class _Tensors:
         if not all(isinstance(x, Tensor) for x in states[0].values()):
             self._spec = trees.flatten(states[0])[1]
             states = [_by_number(state) for state in states]
-        self._kinds = [{k: x.dtype for k, x in state.items()} for state in states]
+        self._kinds = {k: [s[k].dtype for s in states] for k in states[0]}
         self._columns = Columns(states, list(states[0]), own)
         self.spared = self._columns.spared
 
@@ -213,14 +222,19 @@ class _Tensors:
 
     def after(self, new: Tree) -> Sequence[dict[str, Any]]:
         """The state of each tensor, out of what `mix` gave back, in the dtypes it had."""
-        flat, first = (new if self._spec is None else _by_number(new)), self._kinds[0]
+        flat = new if self._spec is None else _by_number(new)
         # Tensors of several dtypes were promoted to be stacked: each state keeps its own.
-        if all(kinds == first for kinds in self._kinds):
-            found = self._columns.put({k: x.to(first.get(k, x.dtype)) for k, x in flat.items()})
-        else:
+        kinds, several = self._kinds, False
+        for k in flat.keys() & kinds.keys():
+            if len(set(kinds[k])) > 1:
+                several = True
+            else:
+                flat = {**flat, k: flat[k].to(kinds[k][0])}
+        found = self._columns.put(flat)
+        if several:
             found = [
-                {k: x.to(kinds.get(k, x.dtype)) for k, x in state.items()}
-                for state, kinds in zip(self._columns.put(flat), self._kinds, strict=True)
+                {k: x.to(kinds[k][i]) if k in kinds else x for k, x in state.items()}
+                for i, state in enumerate(found)
             ]
         if self._spec is None:
             return found

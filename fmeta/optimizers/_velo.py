@@ -132,6 +132,7 @@ def velo(
 class _Rule:
     needs = frozenset({"loss", "num_steps"})
     batched = True  # stacks of leaves are taken as they are
+    owning = True
     sizes: tuple[int, int, int, int]
 
     def __init__(
@@ -221,19 +222,20 @@ class _Rule:
         h: dict[str, Tensor],
         control: Tensor,
         batch: int = 0,
+        own: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if p.numel() == 0:
             return torch.zeros_like(p), h
         if batch:
-            return self._update_stack(th, p, g, h, control)
+            return self._update_stack(th, p, g, h, control, own)
         one = {name: x.unsqueeze(0) for name, x in h.items()}
         delta, new = self._update_stack(
-            th, p.unsqueeze(0), g.unsqueeze(0), one, control.unsqueeze(0)
+            th, p.unsqueeze(0), g.unsqueeze(0), one, control.unsqueeze(0), own
         )
         return delta.squeeze(0), {name: x.squeeze(0) for name, x in new.items()}
 
     def _update_stack(
-        self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], control: Tensor
+        self, th: Tree, p: Tensor, g: Tensor, h: dict[str, Tensor], control: Tensor, own: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rate, weights = control.split((1, control.shape[1] - 1), 1)
         net, flat = _net(th["mlp"], weights), p.reshape(p.shape[0], -1)
@@ -242,7 +244,7 @@ class _Rule:
         many = p.numel() > size or (p.shape[0] > 1 and p.device.type == "cpu")
         tiled = many and is_unobserved(*[x for x in seen if isinstance(x, Tensor)])
         if tiled:
-            step, h = _velo_net.tiled_steps(net, p, g, h, self.decays, self.exp_mult, size)
+            step, h = _velo_net.tiled_steps(net, p, g, h, self.decays, self.exp_mult, size, own)
             squares = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()
         else:
             step, h = _velo_net.steps(net, p, g, h, self.decays, self.exp_mult)

@@ -79,13 +79,18 @@ def tiled_steps(
     decays: Decays,
     exp_mult: float,
     size: int,
+    own: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same, tile by tile in memory that is used again and again; only without derivatives.
 
     Two passes: the features' sums of squares, then the features once more and the network. To
-    store the features in between would cost more than to make them of six tensors again.
+    store the features in between would cost more than to make them of six tensors again; those of
+    a single tile are still there.
+
+    Args:
+        own: whether the memory of ``h`` may hold the new state.
     """
-    new = {name: torch.empty_like(p) for name in MOMENTS}
+    new = {name: h[name] if own else torch.empty_like(p) for name in MOMENTS}
     axes, small = _axes(p), None
     if axes is None:
         new["v"] = stacked_ema(h["v"], clamped(g).square_().add_(1e-30), decays.adafactor)
@@ -109,16 +114,18 @@ def tiled_steps(
         old = {name: tile.of(h[name]) for name in MOMENTS}
         values = {name: tile.of(y) for name, y in new.items() if small is None or name in MOMENTS}
         moments(part, square, old, decays, values)
-        squares[tile.slices[0]] += sum_of_squares(features(tile, x, values), (2,), fused=True)
+        made = features(tile, x, values)
+        squares[tile.slices[0]] += sum_of_squares(made, (2,), fused=True)
 
     columns = columns * torch.rsqrt(squares / p.shape[1:].numel() + EPS).mT
     layers = _folded(net, exp_mult)
     step = torch.empty_like(p)
     for tile in tiles:
         x, buffers, leaves = memory.features(tile.shape), memory.layers(tile), tile.slices[0]
-        clamped(tile.of(g), out=x.g)
-        values = {name: tile.of(y) for name, y in new.items() if small is None or name in MOMENTS}
-        made = features(tile, x, values)
+        if len(tiles) > 1:
+            clamped(tile.of(g), out=x.g)
+            kept = {name: y for name, y in new.items() if small is None or name in MOMENTS}
+            made = features(tile, x, {name: tile.of(y) for name, y in kept.items()})
         bias = net.biases[0][leaves].unsqueeze(2)
         if small is not None:
             of, bias = small.of(tile), buffers[0]

@@ -168,7 +168,7 @@ def test_stacked_leaves_equal_each_alone(monkeypatch):
         return rule.step(th, params, params, h, loss=torch.tensor(1.0))
 
     stacked = step()
-    for limits in (_groups.STACKED, _groups.BATCHED):
+    for limits in (_groups.STACKED, _groups.TILES):
         monkeypatch.setitem(limits, "min_size", 10**9)
     torch.testing.assert_close(step(), stacked)
 
