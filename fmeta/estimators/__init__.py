@@ -4,6 +4,7 @@ from fmeta.estimators import meta_losses
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.estimators._es import es
 from fmeta.estimators._es_single import es_single
+from fmeta.estimators._forward import forward
 from fmeta.estimators._full import full
 from fmeta.estimators._horizons import constant, growing, log_uniform
 from fmeta.estimators._nres import nres
@@ -17,6 +18,7 @@ __all__ = [
     "constant",
     "es",
     "es_single",
+    "forward",
     "full",
     "growing",
     "log_uniform",
