@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fmeta
 from fmeta import trees
+from fmeta._leafwise import consuming_update
 from fmeta.optimizers import adamw, normalized_mlp
 from fmeta.optimizers._normalized_mlp import from_celo2
 from fmeta.random import fold_in
@@ -69,6 +70,12 @@ def test_the_original_trajectories_are_reproduced(case, more):
 SHAPES = [(5, 3), (3, 5), (1, 7), (7, 1), (6, 6), (3, 2, 4), (2, 3, 45, 50), (4, 3, 3, 3), (60, 70)]
 
 
+def without_tiles(rule, th, p, g, h):
+    """A step as it is made where a derivative is recorded, which no tile may hide."""
+    learned = trees.map(lambda x: x.clone().requires_grad_(), th)
+    return trees.map(torch.Tensor.detach, rule.step(learned, p, g, h))
+
+
 # Sizes that cut into single coordinates, rows, parts of a large matrix.
 TILES = [(s, c) for s in SHAPES for c in ((1, 7) if np.prod(s) < 200 else (100, 2300))]
 
@@ -78,15 +85,14 @@ TILES = [(s, c) for s in SHAPES for c in ((1, 7) if np.prod(s) < 200 else (100, 
 def test_tiles_give_the_plain_result_to_rounding(shape, orthogonalize, chunk_size):
     th = from_celo2(RULE)
     arguments = {"lr": 0.1, "weight_decay": 0.01, "orthogonalize": orthogonalize}
-    tiled = normalized_mlp(**arguments, chunk_size=chunk_size)
-    plain = normalized_mlp(**arguments, chunk_size=10**9)
+    tiled, plain = normalized_mlp(**arguments, chunk_size=chunk_size), normalized_mlp(**arguments)
     generator = fold_in(4, *shape)
     draw = lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
     p = q = draw()
     h = k = plain.init_hidden(th, p)
     for _ in range(2):
         g = draw()
-        p, h = plain.step(th, p, g, h)
+        p, h = without_tiles(plain, th, p, g, h)
         q, k = tiled.step(th, q, g, k)
     torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(k, h, rtol=1e-12, atol=1e-12)
@@ -131,11 +137,47 @@ def test_a_transform_never_meets_the_tiles(chunk_size):
 
 
 def test_the_default_tiles_of_a_large_tensor_give_the_plain_result():
-    rule, plain = normalized_mlp(lr=0.1), normalized_mlp(lr=0.1, chunk_size=10**9)
+    rule = normalized_mlp(lr=0.1)
     th = rule.init()
     p = torch.randn(300, 250, generator=fold_in(6))
     h = rule.init_hidden(th, p)
-    torch.testing.assert_close(rule.step(th, p, p, h), plain.step(th, p, p, h))
+    torch.testing.assert_close(rule.step(th, p, p, h), without_tiles(rule, th, p, p, h))
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one_number", "number_each"])
+@pytest.mark.parametrize("packed", [False, True], ids=["own_memory", "packed_memory"])
+@pytest.mark.parametrize("shape", [(4, 5, 3, 3), (3, 6, 1, 1), (2, 40, 60), (6, 5)])
+def test_a_consumed_state_of_stacks_gives_the_plain_result(shape, packed, each):
+    generator = fold_in(7, *shape)
+    draw = lambda: [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "abc"]
+    lr = [torch.tensor(x, dtype=torch.float64) for x in (0.1, 0.2, 0.3)] if each else 0.1
+    rule = normalized_mlp(lr=lr, weight_decay=0.01)
+    th, consumes = from_celo2(RULE), consuming_update(rule)
+    assert consumes is not rule.update
+    p = q = draw()
+    h = rule.init_hidden(th, p)
+    # A state that was saved has its axes in the given order.
+    k = trees.map(lambda x: x.clone(memory_format=torch.contiguous_format) if packed else x, h)
+    h = trees.map(torch.clone, h)
+    for _ in range(3):
+        g = draw()
+        p, h = without_tiles(rule, th, p, g, h)
+        delta, k = consumes(th, q, g, k)
+        q = trees.map(torch.add, q, delta)
+    torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(k, h, rtol=1e-12, atol=1e-12)
+
+
+def test_small_matrices_keep_their_order_of_memory():
+    rule, params = normalized_mlp(), [torch.ones(4, 5, 3, 3) for _ in range(3)]
+    th = rule.init()
+    h = rule.init_hidden(th, params)
+    for _ in range(3):
+        before = [leaf["m0"].data_ptr() for leaf in h.leaves]
+        _, h = consuming_update(rule)(th, params, params, h)
+        assert all(leaf[name].stride(1) == 1 for leaf in h.leaves for name in ("m0", "rms"))
+    # From the second step on, in the same memory.
+    assert [leaf["m0"].data_ptr() for leaf in h.leaves] == before
 
 
 # -- derivatives and odd leaves ----------------------------------------------------------------
