@@ -227,11 +227,11 @@ def settled(state: dict[str, Any], dtype: torch.dtype, device: torch.device) -> 
 def check_first_state(state: Any) -> dict[str, Any]:
     """Raises a TypeError unless what a rule's ``init_hidden`` gave is a dict of tensors."""
     check_state(state, "init_hidden")
-    for path, x in zip(trees.paths(state), trees.leaves(state), strict=True):
+    for i, x in enumerate(trees.leaves(state)):
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"the rule's init_hidden gives hidden[{path!r}] = {x!r}: a hidden state holds "
-                "tensors only (a count is torch.zeros((), dtype=torch.int64))"
+                f"the rule's init_hidden gives hidden[{trees.paths(state)[i]!r}] = {x!r}: a hidden "
+                "state holds tensors only (a count is torch.zeros((), dtype=torch.int64))"
             )
     return state
 

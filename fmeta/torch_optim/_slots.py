@@ -8,7 +8,7 @@ dict of every parameter, as the same tensors, under ``"shared/..."``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +53,7 @@ class Slots(NamedTuple):
                     "something else under this name"
                 )
         flat = type(tree) is dict and set(tree) == set(entries)
-        kinds = tuple(
-            (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in entries.values()
-        )
+        kinds = _kinds(entries.values())
         spec = trees.flatten(tree)[1]
         keys = tuple(prefix + k for k in entries)
         nested = None if prefix else _nested(trees.unflatten(spec, keys))
@@ -139,7 +137,21 @@ def slots_of(
         hidden = started(optimizer, opt_params, params, num_steps)
     trees.flatten_up_to(spec, hidden.leaves, params, "the hidden state")
     keys = params if isinstance(params, dict) else range(len(params))  # in the order of torch
-    return [Slots.of(hidden.leaves[k]) for k in keys], Slots.of(hidden.shared, SHARED)
+    made: dict[Any, Slots] = {}  # most leaves are alike
+
+    def of(state: Tree) -> Slots:
+        entries, structure = trees.flatten(state)
+        key = structure, tuple(state), _kinds(entries)  # dicts of another order are equal
+        if key not in made:
+            made[key] = Slots.of(state)
+        return made[key]
+
+    return [of(hidden.leaves[k]) for k in keys], Slots.of(hidden.shared, SHARED)
+
+
+def _kinds(entries: Iterable[Any]) -> tuple[Any, ...]:
+    """Shape and dtype of each, None of what is no tensor."""
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in entries)
 
 
 def _plain(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
