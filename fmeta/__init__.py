@@ -11,6 +11,7 @@ from typing import Any
 from fmeta import functional, optimizers, pretrained, random, schedules, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._learn import learn
+from fmeta._plan import MemoryPlan, PlannedUnroll, plan_memory
 from fmeta._recomputed import recomputed
 from fmeta._scan import scan
 from fmeta._tensorwise import tensorwise
@@ -65,7 +66,9 @@ def __dir__() -> list[str]:
 __all__ = [
     "Hidden",
     "InnerState",
+    "MemoryPlan",
     "Optimizer",
+    "PlannedUnroll",
     "Run",
     "accumulate",
     "apply_if_finite",
@@ -89,6 +92,7 @@ __all__ = [
     "optimizers",
     "orthogonalize",
     "partition",
+    "plan_memory",
     "pretrained",
     "random",
     "recomputed",

@@ -87,18 +87,26 @@ def scan(
     first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, xs)
     _guard.refuse_closures_and_noise(_watched(body), carry, first, *consts, cure=CURE)
     if checkpoint == "sqrt":
-        # The graph of a step holds several times what a carry does (inner activations and gradients
-        # beside parameters and moments), so segments half as long as sqrt(T) balance the two.
-        size = max(1, round(math.sqrt(total) / 2))
-        return _segments(body, size, total, carry, xs, consts)
+        return _segments(body, segment_size(total), total, carry, xs, consts)
     snapshots = int(checkpoint)
+    depth, stride = treeverse_plan(total, snapshots)
+    return _treeverse(body, snapshots, depth, stride, total, carry, xs, consts)
+
+
+def segment_size(total: int) -> int:
+    """How many steps ``"sqrt"`` recomputes at once."""
+    # The graph of a step holds several times what a carry does (inner activations and gradients
+    # beside parameters and moments), so segments half as long as sqrt(T) balance the two.
+    return max(1, round(math.sqrt(total) / 2))
+
+
+def treeverse_plan(total: int, snapshots: int) -> tuple[int, int]:
+    """Levels of recomputation, and steps whose graph is kept at once, with so many snapshots."""
     # The graph of a step holds about four carries, so these are half of what the snapshots hold.
     stride = max(1, snapshots // 8)
     while _depth(-(-total // stride), snapshots) > _MAX_DEPTH:
         stride += 1
-    return _treeverse(
-        body, snapshots, _depth(-(-total // stride), snapshots), stride, total, carry, xs, consts
-    )
+    return _depth(-(-total // stride), snapshots), stride
 
 
 def _plain(body: Body, total: int, carry: Tree, xs: Tree, consts: tuple[Tree, ...]) -> Any:

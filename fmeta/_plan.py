@@ -1,0 +1,328 @@
+"""`plan_memory`: the bytes that an unroll will hold, before it is run."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmeta import trees
+from fmeta._live_bytes import LiveBytes
+from fmeta._scan import _check_schedule, loop_length, segment_size, treeverse_plan
+from fmeta._unroll import unroll
+from fmeta.combinators._chunked import chunked
+from fmeta.optimizer import Optimizer, check_optimizer_type
+
+__all__ = ["MemoryPlan", "PlannedUnroll", "plan_memory"]
+
+Tree = Any
+
+_CHOICES: tuple[dict[str, Any], ...] = (
+    {},
+    {"recompute": "both"},
+    {"mixed_mode": True},
+    {"checkpoint": "sqrt"},
+    {"checkpoint": "sqrt", "recompute": "both"},
+    {"checkpoint": "sqrt", "mixed_mode": True},
+    {"checkpoint": 10},
+    {"first_order": True, "checkpoint": "sqrt"},
+)
+_OPTIONS = ("checkpoint", "mixed_mode", "recompute", "first_order", "chunked")
+
+
+class PlannedUnroll(NamedTuple):
+    """One choice of options.
+
+    Attributes:
+        options: keywords of `unroll`; and ``chunked``, the ``coordinates`` of `fmeta.chunked`.
+        bytes: most bytes alive at once in the forward and backward pass, beside what goes in.
+        forward_passes: how often a step is run forward under this ``checkpoint``, at most.
+    """
+
+    options: dict[str, Any]
+    bytes: int
+    forward_passes: int
+
+
+class MemoryPlan(NamedTuple):
+    """What `plan_memory` found; printed, it is a table.
+
+    Attributes:
+        choices: one `PlannedUnroll` for each choice, in the order asked for.
+        horizon: number of steps planned for.
+        inputs: bytes of the parameters and batches that go in, which are not part of the others.
+        counted_on: ``"meta"``, or ``"real"`` where steps were run on the tensors themselves.
+    """
+
+    choices: tuple[PlannedUnroll, ...]
+    horizon: int
+    inputs: int
+    counted_on: str
+
+    def within(self, limit: float) -> tuple[PlannedUnroll, ...]:
+        """The choices that hold at most ``limit`` bytes, those with fewer forward passes first."""
+        fit = [c for c in self.choices if c.bytes <= limit]
+        return tuple(sorted(fit, key=lambda c: (c.forward_passes, c.bytes)))
+
+    def __str__(self) -> str:
+        names = [", ".join(f"{k}={v!r}" for k, v in c.options.items()) or "-" for c in self.choices]
+        rows = [("options", "holds", "relative", "forward passes")]
+        first = max(self.choices[0].bytes, 1)
+        for name, c in zip(names, self.choices, strict=True):
+            rows.append((name, _shown(c.bytes), f"{c.bytes / first:.3g}", str(c.forward_passes)))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            row[0].ljust(widths[0]) + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:]))
+            for row in rows
+        ]
+        head = f"{self.horizon} steps; {_shown(self.inputs)} go in (counted on {self.counted_on})"
+        return "\n".join([head, *lines])
+
+
+def plan_memory(
+    optimizer: Optimizer,
+    loss_fn: Callable[..., Any],
+    opt_params: Tree,
+    model_params: Tree,
+    batches: Tree,
+    *,
+    horizon: int | None = None,
+    choices: Sequence[Mapping[str, Any]] = _CHOICES,
+    wrt: str = "opt_params",
+    outer: str = "backward",
+    on: str = "auto",
+    **arguments: Any,
+) -> MemoryPlan:
+    """Predicts the bytes that `unroll` and its meta-gradient hold, for each choice of options.
+
+    A few short unrolls are run and the bytes of their tensors counted, operation by operation; the
+    rest is arithmetic: the peak grows by the same for each further step whose graph is kept and
+    for each further state (parameters and hidden state) that a schedule keeps, and how many of
+    these there are is known. They run on ``meta`` tensors, which have no values, take no memory and
+    next to no time, so that what does not fit can be planned.
+
+    It counts tensors. What the allocator and the kernels take beyond that is not in it, nor are the
+    interpreter and the libraries (about 300 MB of resident memory on a CPU).
+
+    Args:
+        optimizer, loss_fn, opt_params, model_params, batches: as in `unroll`.
+        horizon: number of steps to plan for; default: of the batches.
+        choices: dicts with some of ``checkpoint``, ``mixed_mode``, ``recompute``, ``first_order``
+            (as in `unroll`) and ``chunked`` (the coordinates of `fmeta.chunked`).
+        wrt: ``"opt_params"``, ``"model_params"`` or ``"both"``: what the meta-gradient is taken of.
+        outer: ``"backward"`` for ``.backward()`` and `torch.autograd.grad`, ``"grad"`` for
+            `torch.func.grad`, which holds more.
+        on: ``"meta"``; ``"real"``, for losses that close over tensors with values or look at
+            values: then up to nine real steps are run; ``"auto"`` tries the first, then the second.
+        **arguments: further ones of `unroll` (``loss_args``, ``model_state``, ``extras``, ...).
+
+    Returns:
+        A `MemoryPlan`; ``print`` it.
+
+    Raises:
+        ValueError: for unknown options or arguments.
+
+    Example:
+        >>> import torch, fmeta
+        >>> loss = lambda p, x: (x @ p["w"]).square().mean()
+        >>> rule = fmeta.learn(fmeta.optimizers.adam, {"lr": "log"})
+        >>> plan = fmeta.plan_memory(
+        ...     rule, loss, rule.init(), {"w": torch.ones(64, 64)}, torch.ones(1, 8, 64), horizon=900,
+        ...     choices=[{}, {"checkpoint": "sqrt"}])
+        >>> plan.choices[1].bytes < plan.choices[0].bytes / 10
+        True
+    """
+    check_optimizer_type(optimizer, "optimizer")
+    _check(choices, wrt, outer, on)
+    total = loop_length(batches)
+    horizon = total if horizon is None else horizon
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"horizon must be a positive integer, got {horizon!r}")
+    arguments.setdefault("num_steps", horizon)
+    given = (opt_params, model_params, batches, arguments)
+    counted_on = "real"
+    if on != "real":
+        try:
+            held = _Held(optimizer, loss_fn, _as_meta(given), wrt, outer)
+            held.peak(1, {})
+            counted_on = "meta"
+        except Exception as error:  # of any kind: it depends on what the loss does
+            if on == "meta":
+                raise ValueError(
+                    "the unroll cannot be run on meta tensors, which have no values "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
+                    'pass what the loss reads through `loss_args`, or give on="real"'
+                ) from error
+    if counted_on == "real":
+        held = _Held(optimizer, loss_fn, given, wrt, outer)
+    planned = [held.planned(dict(choice), horizon) for choice in choices]
+    return MemoryPlan(tuple(planned), horizon, _bytes(given[:3]), counted_on)
+
+
+class _Held:
+    """The peak of bytes of short unrolls, and that of long ones by arithmetic."""
+
+    def __init__(self, optimizer: Optimizer, loss_fn: Any, given: Tree, wrt: str, outer: str):
+        self.optimizer, self.loss_fn, self.given = optimizer, loss_fn, given
+        self.wrt, self.outer = wrt, outer
+
+    def planned(self, options: dict[str, Any], horizon: int) -> PlannedUnroll:
+        schedule = options.get("checkpoint")
+        rest = {k: v for k, v in options.items() if k != "checkpoint"}
+        at = functools.partial(self.peak, options=rest)
+        if schedule is None:
+            # The first steps and the last hold less: nothing comes before them, or after.
+            low, high = at(4), at(8)
+            return PlannedUnroll(options, round(low + (high - low) / 4 * (horizon - 4)), 1)
+        # Schedules keep states and the graphs of a few steps. What one more of each costs shows in
+        # three short loops: "sqrt" cuts 5 and 8 steps into pieces of one, 10 into five of two.
+        five, eight, ten = (at(t, schedule="sqrt") for t in (5, 8, 10))
+        state = (eight - five) / 3
+        graph, start = ten - five, five - 4 * state
+        if schedule == "sqrt":
+            size = segment_size(horizon)
+            count = -(-horizon // size)
+            most = max(
+                (count - 1) * state + (min(size, horizon - (count - 1) * size) - 1) * graph,
+                (count - 2) * state + (size - 1) * graph if count > 1 else 0,
+            )
+            return PlannedUnroll(options, round(start + most), 2)
+        depth, stride = treeverse_plan(horizon, schedule)
+        # Each further level of nesting holds the cotangent of a state while it waits.
+        most = _treeverse_cost(schedule, depth, stride, horizon, (state, self.cotangent(), graph))
+        return PlannedUnroll(options, round(start - self.cotangent() + most), depth + 2)
+
+    def cotangent(self) -> float:
+        _, model_params, _, arguments = self.given
+        hidden = self.hidden()
+        carry = (model_params, hidden, arguments.get("model_state"))
+        return float(_bytes(trees.map(lambda x: x if _is_floating(x) else None, carry)))
+
+    def hidden(self) -> Tree:
+        opt_params, model_params, _, arguments = self.given
+        if arguments.get("hidden") is not None:
+            return arguments["hidden"]
+        return self.optimizer.init_hidden(
+            opt_params, model_params, num_steps=arguments["num_steps"]
+        )
+
+    def peak(self, steps: int, options: dict[str, Any], schedule: Any = None) -> int:
+        """Bytes alive at most in a short unroll and its meta-gradient."""
+        options = dict(options)
+        coordinates = options.pop("chunked", None)
+        optimizer = self.optimizer if coordinates is None else chunked(self.optimizer, coordinates)
+        opt_params, model_params, batches, arguments = self.given
+        leading = {k: arguments[k] for k in ("extras", "eval_batches") if k in arguments}
+        if callable(leading.get("extras")):
+            leading.pop("extras")
+        repeated, named = trees.map(
+            lambda x: x[:1].expand(steps, *x.shape[1:]) if isinstance(x, Tensor) else x,
+            (batches, leading),
+        )
+        arguments = {**arguments, **named}
+        both = {"opt": opt_params, "model": model_params}
+
+        def meta_loss(chosen: Tree) -> Tensor:
+            now = {**both, **chosen}
+            run = unroll(
+                optimizer,
+                self.loss_fn,
+                now["opt"],
+                now["model"],
+                repeated,
+                checkpoint=schedule,
+                **arguments,
+                **options,
+            )
+            return run.losses.sum()
+
+        names = {"opt_params": ("opt",), "model_params": ("model",)}.get(self.wrt, ("opt", "model"))
+        chosen = {k: trees.map(_leaf, both[k]) for k in names}
+        count = LiveBytes(chosen, self.given, repeated, named)
+        with count:
+            if self.outer == "grad":
+                torch.func.grad(meta_loss)(chosen)
+            else:
+                value = meta_loss(chosen)
+                wanted = [x for x in trees.leaves(chosen) if x.requires_grad]
+                if value.requires_grad:
+                    torch.autograd.grad(value, wanted, allow_unused=True)
+        return count.peak
+
+
+def _treeverse_cost(
+    snapshots: int, depth: int, stride: int, total: int, costs: tuple[float, float, float]
+) -> float:
+    """Bytes that binomial checkpointing keeps where it keeps most; follows `scan`'s recursion."""
+    state, cotangent, graph = costs
+
+    @functools.cache
+    def most(snapshots: int, depth: int, total: int) -> float:
+        blocks = -(-total // stride)
+        if blocks == 1:
+            return cotangent + (total - 1) * graph
+        if snapshots == 0 or depth == 0:
+            return (total - 1) * graph
+        sizes: list[int] = []
+        while (left := total - sum(sizes)) > 0:
+            s = max(snapshots - len(sizes), 0)
+            room = math.comb(s + depth - 1, s) if s else blocks
+            sizes.append(min(max(room, 1) * stride, left))
+        return max(
+            i * state + cotangent + most(max(snapshots - i, 0), depth - 1, n)
+            for i, n in enumerate(sizes)
+        )
+
+    return most(snapshots, depth, total)
+
+
+def _leaf(x: Any) -> Any:
+    if not _is_floating(x):
+        return x
+    return x.detach().requires_grad_()
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _as_meta(tree: Tree) -> Tree:
+    return trees.map(lambda x: x.detach().to("meta") if isinstance(x, Tensor) else x, tree)
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(x.numel() * x.element_size() for x in trees.leaves(tree) if isinstance(x, Tensor))
+
+
+def _shown(n: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def _check(choices: Sequence[Mapping[str, Any]], wrt: str, outer: str, on: str) -> None:
+    for choice in choices:
+        unknown = sorted(set(choice) - set(_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"unknown option {unknown[0]!r} in choices: there are {', '.join(_OPTIONS)}; what "
+                "is the same for all choices is an argument of its own"
+            )
+        _check_schedule(choice.get("checkpoint"))
+    if not choices:
+        raise ValueError("choices is empty: give at least one dict of options, such as {}")
+    known = {
+        "wrt": (wrt, ("opt_params", "model_params", "both")),
+        "outer": (outer, ("backward", "grad")),
+        "on": (on, ("auto", "meta", "real")),
+    }
+    for name, (value, options) in known.items():
+        if value not in options:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}"
+            )
