@@ -49,7 +49,9 @@ def measured(rule, loss, params, batches, options):
 def test_it_predicts_what_is_held_within_a_fifth(name):
     loss, params, batches = problem()
     rule = RULES[name]
-    plan = fmeta.plan_memory(rule, loss, rule.init(), params, batches, choices=CHOICES)
+    # Of the larger rule a few, for counting takes long.
+    choices = CHOICES if name == "linear" else [CHOICES[1], CHOICES[4]]
+    plan = fmeta.plan_memory(rule, loss, rule.init(), params, batches, choices=choices)
     for found in plan.choices:
         held = measured(rule, loss, params, batches, found.options)
         assert abs(found.bytes - held) < 0.2 * held, (found.options, found.bytes, held)
@@ -58,9 +60,9 @@ def test_it_predicts_what_is_held_within_a_fifth(name):
 def test_it_prints_a_table_and_picks_what_fits():
     loss, params, batches = problem()
     rule = RULES["linear"]
-    plan = fmeta.plan_memory(rule, loss, rule.init(), params, batches, choices=CHOICES)
+    plan = fmeta.plan_memory(rule, loss, rule.init(), params, batches, choices=CHOICES[:4])
     assert "forward passes" in str(plan)
-    assert len(str(plan).splitlines()) == len(CHOICES) + 2
+    assert len(str(plan).splitlines()) == 4 + 2
     whole = plan.choices[0].bytes
     assert plan.within(whole)[0].forward_passes <= plan.within(whole)[-1].forward_passes
     assert not plan.within(1)
