@@ -76,7 +76,8 @@ class MemoryPlan(NamedTuple):
             rows.append((name, _shown(c.bytes), f"{c.bytes / first:.3g}", str(c.forward_passes)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
-            row[0].ljust(widths[0]) + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:]))
+            row[0].ljust(widths[0])
+            + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
         head = f"{self.horizon} steps; {_shown(self.inputs)} go in (counted on {self.counted_on})"
@@ -131,8 +132,8 @@ def plan_memory(
         >>> loss = lambda p, x: (x @ p["w"]).square().mean()
         >>> rule = fmeta.learn(fmeta.optimizers.adam, {"lr": "log"})
         >>> plan = fmeta.plan_memory(
-        ...     rule, loss, rule.init(), {"w": torch.ones(64, 64)}, torch.ones(1, 8, 64), horizon=900,
-        ...     choices=[{}, {"checkpoint": "sqrt"}])
+        ...     rule, loss, rule.init(), {"w": torch.ones(64, 64)}, torch.ones(1, 8, 64),
+        ...     horizon=900, choices=[{}, {"checkpoint": "sqrt"}])
         >>> plan.choices[1].bytes < plan.choices[0].bytes / 10
         True
     """
@@ -152,9 +153,10 @@ def plan_memory(
             counted_on = "meta"
         except Exception as error:  # of any kind: it depends on what the loss does
             if on == "meta":
+                first = (str(error).splitlines() or [""])[0]
                 raise ValueError(
                     "the unroll cannot be run on meta tensors, which have no values "
-                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
+                    f"({type(error).__name__}: {first}): "
                     'pass what the loss reads through `loss_args`, or give on="real"'
                 ) from error
     if counted_on == "real":

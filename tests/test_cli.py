@@ -379,7 +379,8 @@ ROWS = [
 
 def told(rows, total, **console):
     file = io.StringIO()
-    with _progress.progress_of(Console(file=file, width=200, **console), total) as (on_step, on_phase):
+    console = Console(file=file, width=200, **console)
+    with _progress.progress_of(console, total) as (on_step, on_phase):
         on_phase("a phase [of two]")
         for row in rows:
             on_step(row)
