@@ -10,6 +10,7 @@ from typing import Any
 
 from fmeta import functional, optimizers, pretrained, random, schedules, trees
 from fmeta._coordinatewise import coordinatewise
+from fmeta._implicit import ImplicitGradient, implicit_gradient
 from fmeta._learn import learn
 from fmeta._plan import MemoryPlan, PlannedUnroll, plan_memory
 from fmeta._recomputed import recomputed
@@ -65,6 +66,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Hidden",
+    "ImplicitGradient",
     "InnerState",
     "MemoryPlan",
     "Optimizer",
@@ -82,6 +84,7 @@ __all__ = [
     "functional",
     "functionalize",
     "hidden_dtype",
+    "implicit_gradient",
     "inner_step",
     "learn",
     "lookahead",

@@ -10,6 +10,7 @@ from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._glyphs import Glyphs, glyphs, load_glyphs
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
 from fmeta.fewshot._image_folder import image_folder, omniglot
+from fmeta.fewshot._imaml import imaml
 from fmeta.fewshot._job import few_shot
 from fmeta.fewshot._llama import llama
 from fmeta.fewshot._losses import LOSSES
@@ -48,6 +49,7 @@ __all__ = [
     "glyphs",
     "gradient_based",
     "image_folder",
+    "imaml",
     "llama",
     "load_glyphs",
     "maml",

@@ -11,6 +11,7 @@ from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._glyphs import glyphs
 from fmeta.fewshot._image_folder import image_folder, omniglot
+from fmeta.fewshot._imaml import imaml
 from fmeta.fewshot._llama import llama
 from fmeta.fewshot._maml import first_order_maml, maml
 from fmeta.fewshot._maml_plus_plus import maml_plus_plus
@@ -31,6 +32,7 @@ LEARNERS: dict[str, Any] = {
     "meta_sgd": meta_sgd,
     "reptile": reptile,
     "maml_plus_plus": maml_plus_plus,
+    "imaml": imaml,
     "llama": llama,
     "meta_lstm": meta_lstm,
     "protonet": protonet,
@@ -46,7 +48,7 @@ class FewShotConfig:
     """Meta-trains a few-shot learner and tests it on 1,000 episodes of classes it never saw."""
 
     learner: str = "maml"
-    """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, llama, meta_lstm, protonet
+    """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, imaml, llama, meta_lstm, protonet
     or fine_tune."""
     task: str = "glyphs"
     """glyphs (letters of matplotlib's fonts), sinusoid, omniglot or image_folder."""

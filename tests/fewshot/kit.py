@@ -56,6 +56,7 @@ LEARNERS = {
         classifier(), num_steps=2, hidden_size=3, first_order=False, **o
     ),
     "llama": lambda **o: fewshot.llama(classifier(), num_steps=2, **o),
+    "imaml": lambda **o: fewshot.imaml(classifier(), num_steps=3, **o),
     "protonet": lambda **o: fewshot.protonet(classifier(outputs=5), WAYS, **o),
     "fine_tune": lambda **o: fewshot.fine_tune(
         classifier(outputs=5), WAYS, 8, num_features=5, num_steps=3, **o
@@ -63,4 +64,4 @@ LEARNERS = {
     "reptile": lambda **o: fewshot.reptile(classifier(), num_steps=3, **o),
 }
 OF_STEPS = [n for n in LEARNERS if n not in ("protonet",)]
-BY_GRADIENT = [n for n in LEARNERS if n != "reptile"]
+BY_GRADIENT = [n for n in LEARNERS if n not in ("reptile", "imaml")]
