@@ -129,8 +129,11 @@ def _conjugate_gradients(product: Callable[[Tree], Tree], v: Tree, iterations: i
     tiny = torch.finfo(size.dtype).tiny
     for _ in range(iterations):
         ad = product(d)
-        # Solved already, there is nothing to divide by.
-        alpha = size / _dot(d, ad).clamp_min(tiny) * (size > tiny)
+        # Solved already, there is nothing to divide by; and along a direction of negative curvature
+        # there is no minimum to go to. `residual` tells.
+        curvature = _dot(d, ad)
+        goes_on = (curvature > 0) & (size > tiny)
+        alpha = torch.where(goes_on, size / torch.where(goes_on, curvature, 1.0), 0.0)
         x = _plus(x, alpha, d)
         r = _plus(r, -alpha, ad)
         before, size = size, _dot(r, r)

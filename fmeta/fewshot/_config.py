@@ -48,8 +48,8 @@ class FewShotConfig:
     """Meta-trains a few-shot learner and tests it on 1,000 episodes of classes it never saw."""
 
     learner: str = "maml"
-    """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, imaml, llama, meta_lstm, protonet
-    or fine_tune."""
+    """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, imaml, llama, meta_lstm,
+    protonet or fine_tune."""
     task: str = "glyphs"
     """glyphs (letters of matplotlib's fonts), sinusoid, omniglot or image_folder."""
     ways: int = 5
