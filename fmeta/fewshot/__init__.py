@@ -7,7 +7,7 @@ from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
-from fmeta.fewshot._glyphs import Glyphs, glyphs, load_glyphs
+from fmeta.fewshot._glyphs import Glyphs, contact_sheet, glyphs, load_glyphs
 from fmeta.fewshot._gradient_based import Adapted, gradient_based
 from fmeta.fewshot._image_folder import image_folder, omniglot
 from fmeta.fewshot._imaml import imaml
@@ -37,6 +37,7 @@ __all__ = [
     "Scores",
     "Source",
     "anil",
+    "contact_sheet",
     "conv4",
     "draw",
     "estimator",

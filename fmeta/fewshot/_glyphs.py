@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from fmeta import _files
 from fmeta.fewshot._distort import distorted
 from fmeta.fewshot._source import Source, from_classes
 
-__all__ = ["SCRIPTS", "Glyphs", "glyphs", "load_glyphs"]
+__all__ = ["SCRIPTS", "Glyphs", "contact_sheet", "glyphs", "load_glyphs"]
 
 # Scripts of each split. A bitmap that several scripts have (A, Alpha, the Cyrillic A) is of the
 # first.
@@ -111,6 +111,31 @@ def load_glyphs(
             split: Glyphs(torch.from_numpy(held[split]), tuple(held[f"{split}/names"].tolist()))
             for split in SCRIPTS
         }
+
+
+def contact_sheet(
+    path: str | os.PathLike[str], found: Mapping[str, Glyphs], *, rows: int = 12
+) -> None:
+    """Draws some classes of each split, a row each with all their images, into a PNG to look at.
+
+    Args:
+        path: of the file.
+        found: what `load_glyphs` gave.
+        rows: classes of a split, evenly over all of them.
+    """
+    from matplotlib.figure import Figure
+
+    from fmeta.plot._figure import write
+
+    figure = Figure(figsize=(10, 0.45 * rows * len(found)), layout="constrained")
+    for axis, (split, part) in zip(figure.subplots(len(found), 1), found.items(), strict=True):
+        pick = torch.linspace(0, len(part.images) - 1, rows).long()
+        shown = part.images[pick]
+        sheet = shown.permute(0, 2, 1, 3).reshape(len(pick) * SIDE, shown.shape[1] * SIDE)
+        axis.imshow(sheet.numpy(), cmap="gray_r")
+        axis.set_title(f"{split}: {len(part.names)} classes", fontsize=9)
+        axis.set_axis_off()
+    write(path, figure)
 
 
 def _folder(root: str | os.PathLike[str] | None) -> Path:

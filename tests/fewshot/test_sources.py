@@ -111,6 +111,12 @@ def test_glyphs_are_built_once_and_the_same_again(cache, tmp_path, monkeypatch):
     fewshot.load_glyphs(cache)
 
 
+def test_a_contact_sheet_shows_every_split(cache, tmp_path):
+    fewshot.contact_sheet(tmp_path / "sheet.png", fewshot.load_glyphs(cache), rows=3)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert np.asarray(image.convert("L")).min() < 50  # ink
+
+
 def test_equal_bitmaps_in_most_styles_are_one_character():
     seen = _glyphs._Seen()
     images = np.random.default_rng(0).integers(0, 255, (12, 4, 4), np.uint8)
