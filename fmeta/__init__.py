@@ -46,6 +46,7 @@ _LAZY = (
     "distributed",
     "estimators",
     "evaluate",
+    "fewshot",
     "meta_train",
     "plot",
     "tasks",
