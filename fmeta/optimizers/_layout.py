@@ -75,8 +75,6 @@ def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | Non
     return Layout((n - 2, n - 1, *range(n - 2)), batch)
 
 
-def _around(order: tuple[int, ...], x: Tensor, before: int) -> tuple[int, ...]:
-    if len(order) == x.ndim:
-        return order
+def _around(order: tuple[int, ...], x: Tensor, before: int) -> list[int]:
     inside = [i + before for i in order]
-    return (*range(before), *inside, *range(before + len(order), x.ndim))
+    return [*range(before), *inside, *range(before + len(order), x.ndim)]

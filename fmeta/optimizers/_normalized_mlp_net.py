@@ -178,8 +178,7 @@ def _features(
 def factored_features(th: Tree, state: Mapping[str, Tensor], axes: Axes) -> Sides:
     """`of_sides` of a state."""
     assert axes.factored is not None
-    row, col = unfactored(state, axes.factored[::-1])
-    return of_sides(side_columns(th), th["b0"], _packed(row), _packed(col), axes)
+    return of_sides(side_columns(th), th["b0"], *unfactored(state, axes.factored[::-1]), axes)
 
 
 def unfactored(state: Mapping[str, Tensor], lacking: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -208,7 +207,7 @@ def of_sides(
         y = normalize(torch.cat([x, torch.rsqrt(x + 1e-8)]), _after_features(axes))
         biases.append((w @ y.flatten(1)).reshape(8, *y.shape[1:]))
     bias = biases[0] + b0.reshape(8, *(1,) * (row.ndim - 1))
-    return Sides(clamped_rsqrt(share), clamped_rsqrt(col), bias, biases[1])
+    return Sides(_packed(clamped_rsqrt(share)), _packed(clamped_rsqrt(col)), bias, biases[1])
 
 
 def _packed(x: Tensor) -> Tensor:

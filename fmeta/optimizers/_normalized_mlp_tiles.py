@@ -38,7 +38,6 @@ _FEATURES, _UNITS = 18, 8
 # Each matrix of at least so many coordinates gets a product of its own, with the features' scales
 # folded into the weights.
 _LARGE = 2**11
-_SMALL = 2**14
 _WEIGHTS = tuple(1 - d for d in (*DECAYS, RMS_DECAY))
 
 
@@ -132,9 +131,6 @@ class _Work:
         )
         self.old, self.moments = moments[:4], moments[4:]
         self.count = math.prod(self.p.shape[i] for i in self.axes.matrix)
-        # 1 / rms is rsqrt(sum of squares + eps) times a number, which goes where it costs nothing.
-        self.eps, self.root = 1e-9 * self.count, math.sqrt(self.count)
-        self.columns = net.columns * self.root
 
     def _inside(self, x: Tensor, before: int = 0) -> Tensor:
         return x if self.layout is None else self.layout.into(x, before)
@@ -151,13 +147,10 @@ class _Work:
         weight = self.net.weights.reshape(-1, *(1,) * self.p.ndim)
         for name, axis, old, mean in zip(("row", "col"), self.lacking, olds, means, strict=True):
             old = self._inside(old, 1)
-            kept = own and old.is_contiguous()
-            new = torch.lerp(old, mean.add_(1e-30), weight, out=old if kept else None)
-            if not new.is_contiguous():
-                new = new.clone(memory_format=torch.contiguous_format)
+            new = torch.lerp(old, mean.add_(1e-30), weight, out=old if own else None)
             inside.append(new)
             x = self._outside(new, 1).squeeze(axis + 1).movedim(0, -1)
-            found[name] = self.hidden[name] if kept else x
+            found[name] = self.hidden[name] if own else x
         row, col = inside
         return of_sides(*self.net.sides, row, col, self.axes), found
 
@@ -183,7 +176,6 @@ class _Work:
 
     def run(self, sides: Sides, factor: Any) -> Tensor:
         """``factor d / rms(d)``, in the given order of axes; where factor is None, d."""
-        factor = None if factor is None else factor * self.root
         self.factors = [self.cuts.of(x, 1) for x in (sides.row_factor, sides.col_factor)]
         biases = [self.cuts.of(x, 1) for x in (sides.row_bias, sides.col_bias)]
         w1, b1, w2, b2 = self.net.layers
@@ -249,7 +241,7 @@ class _Work:
 
     def _first_layer(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """Adds the product of the features, each times its scale, to ``out``, ``(8, n)``."""
-        w, number = self.columns, scale.numel() // _FEATURES
+        w, number = self.net.columns, scale.numel() // _FEATURES
         if number == 1:
             out.addmm_(w * scale.view(1, -1), x.view(_FEATURES, -1))
         elif self.layout is None and self.count >= _LARGE:
@@ -280,19 +272,14 @@ class _Work:
         if self.layout is None:
             return torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_()
         if len(y) == 1:
-            memory = self.net.scratch("layer", y, (2, *y.shape[1:]))[1:]  # y is the first row
-            return torch.square(y, out=memory).sum(1, keepdim=True)
+            return y.square().sum(1, keepdim=True)
         # A norm over outer axes is slow; the squares of half the features at a time fit into the
-        # memory of a layer, and small ones all at once.
-        half = len(y) // (2 if y[0].numel() > _SMALL else 1)
-        sums = self.net.scratch("sums", y, (len(y), 1, y.shape[-1]))
+        # memory of a layer.
+        sums, half = y.new_empty(len(y), 1, y.shape[-1]), len(y) // 2
         memory = self.net.scratch("layer", y, (half, *y.shape[1:]))
-        if half == len(y):
-            return torch.sum(torch.square(y, out=memory), 1, keepdim=True, out=sums)
         for rows, out in zip(y.split(half), sums.split(half), strict=True):
             torch.sum(torch.square(rows, out=memory), 1, keepdim=True, out=out)
         return sums
 
     def _scale(self, squares: Tensor) -> Tensor:
-        """``1 / (root rms)``, in the memory of the sums of squares."""
-        return squares.add_(self.eps).rsqrt_()
+        return squares.div_(self.count).add_(1e-9).rsqrt_()
