@@ -14,7 +14,12 @@ PyLO's plain versions (``AdafacLO_naive``, ``VeLO_naive``) are timed where ``pyl
 with random weights of the published networks' sizes; beside the default size of ``adafactor_mlp``
 (2 hidden layers of 4, "small_fc") PyLO's own size (1 hidden layer of 32) is then compared.
 
-Run: ``python benchmarks/optimizer_step.py [--quick] [--json PATH] [--no-large] [--compile]``.
+Compiled rules (``--compile``) are timed like the others; the seconds that their first step took,
+compilation included, are in the column "first s".
+
+Run: ``python benchmarks/optimizer_step.py [--quick] [--json PATH] [--no-large] [--compile]``, or
+parts of it: ``--rules velo "normalized_mlp, compiled" --sizes 1e7 --models ResNet --repeats 3
+--no-memory --no-small``.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import argparse
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,8 +232,14 @@ def limits(rule: Rule, rates: dict[str, float]) -> tuple[float, float]:
 
 
 def measure(
-    which: str, numel: float, rates: dict[str, float], repeats: int, rules: dict[str, Rule]
+    which: str,
+    numel: float,
+    rates: dict[str, float],
+    repeats: int,
+    rules: dict[str, Rule],
+    memory: bool = True,
 ) -> list[dict[str, Any]]:
+    """Rows of one model; without ``memory``, "extra" is NaN."""
     shapes = MODELS[which](numel)
     n = sum(map(math.prod, shapes))
     rows = []
@@ -236,10 +248,18 @@ def measure(
     for names in _groups(rules, n):
         built = {name: rules[name].build(model(shapes)) for name in names}
         calls = {k: stepper(o) for k, o in built.items()}
-        took = _timing.median_times(calls, repeats, warmup=2)
+        first = {}
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            first[name] = time.perf_counter() - start
+        took = _timing.median_times(calls, repeats, warmup=1)
         for name, seconds in took.items():
             hidden = hidden_bytes(built[name]) / n
-            peak = _timing.peak_memory("optimizer_step", "warm_and_step", name, which, numel) / n
+            peak = math.nan
+            if memory:
+                given = ("optimizer_step", "warm_and_step", name, which, numel)
+                peak = _timing.peak_memory(*given) / n
             own, best = limits(rules[name], rates)
             peers[name] = seconds
             rows.append(
@@ -253,6 +273,7 @@ def measure(
                     "time / limit": seconds / n / own,
                     "time / best limit": seconds / n / best,
                     "/ AdamW, foreach": seconds / peers["AdamW, foreach"],
+                    "first s": first[name],
                 }
             )
         del built
@@ -320,21 +341,31 @@ def main() -> None:
     parser.add_argument("--no-large", action="store_true", help="leave out 100M parameters")
     parser.add_argument("--compile", action="store_true", help="compiled rules too (minutes)")
     parser.add_argument("--rules", nargs="*", help="only these (AdamW always)")
+    parser.add_argument("--sizes", nargs="*", type=float, help="numbers of parameters, as 1e7")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--repeats", type=int, help="rounds that count")
+    parser.add_argument("--no-memory", action="store_true", help="leave out extra memory")
+    parser.add_argument("--no-small", action="store_true", help="leave out 1,000 small tensors")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rules = RULES | (COMPILED if args.compile else {})
     if args.rules is not None:
-        rules = {k: v for k, v in rules.items() if k in ("AdamW, foreach", *args.rules)}
+        every = RULES | COMPILED
+        unknown = [name for name in args.rules if name not in every]
+        if unknown:
+            parser.error(f"no rule {unknown[0]!r}; there are: {'; '.join(every)}")
+        rules = {k: v for k, v in every.items() if k in ("AdamW, foreach", *args.rules)}
     if not importlib.util.find_spec("pylo"):
         print("pylo cannot be imported: its rows are left out\n")
     rates = machine(args.quick)
     for name, rate in rates.items():
         print(f"{name:8} {1e-9 * rate:8.1f} {'GB/s' if name == 'triad' else 'GFLOP/s'}")
     rows: list[dict[str, Any]] = []
-    for numel in [1e6] if args.quick else [1e6, 1e7] if args.no_large else [1e6, 1e7, 1e8]:
-        for which in MODELS:
-            repeats = 3 if numel > 3e7 else 5 if args.quick else 7
-            found = measure(which, numel, rates, repeats, rules)
+    sizes = [1e6] if args.quick else [1e6, 1e7] if args.no_large else [1e6, 1e7, 1e8]
+    for numel in sizes if args.sizes is None else args.sizes:
+        for which in args.models:
+            repeats = args.repeats or (3 if numel > 3e7 else 5 if args.quick else 7)
+            found = measure(which, numel, rates, repeats, rules, not args.no_memory)
             print("\n" + _timing.table(found), flush=True)
             rows += found
     faster = ratios(rows)
@@ -343,7 +374,8 @@ def main() -> None:
     small_names = [
         k for k in ("adam", "normalized_mlp", "adafactor_mlp", "velo", "lstm") if k in rules
     ]
-    small = many_small(3 if args.quick else 7, small_names, args.quick)
+    small_names = [] if args.no_small else small_names
+    small = many_small(args.repeats or (3 if args.quick else 7), small_names, args.quick)
     print("\n" + _timing.table(small) if small else "")
     _timing.finish(
         args.json,
