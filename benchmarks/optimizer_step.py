@@ -371,10 +371,8 @@ def main() -> None:
     faster = ratios(rows)
     if faster:
         print("\n" + _timing.table(faster))
-    small_names = [
-        k for k in ("adam", "normalized_mlp", "adafactor_mlp", "velo", "lstm") if k in rules
-    ]
-    small_names = [] if args.no_small else small_names
+    leafy = ("adam", "normalized_mlp", "adafactor_mlp", "velo", "lstm")
+    small_names: list[str] = [k for k in leafy if k in rules and not args.no_small]
     small = many_small(args.repeats or (3 if args.quick else 7), small_names, args.quick)
     print("\n" + _timing.table(small) if small else "")
     _timing.finish(
