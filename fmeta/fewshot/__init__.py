@@ -22,6 +22,7 @@ from fmeta.fewshot._model import Model
 from fmeta.fewshot._protonet import Prototypes, protonet
 from fmeta.fewshot._reptile import reptile
 from fmeta.fewshot._sinusoid import sinusoid
+from fmeta.fewshot._snail import Read, snail
 from fmeta.fewshot._source import Source, draw, from_classes
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MetaLearner",
     "Model",
     "Prototypes",
+    "Read",
     "Scores",
     "Source",
     "anil",
@@ -62,4 +64,5 @@ __all__ = [
     "protonet",
     "reptile",
     "sinusoid",
+    "snail",
 ]
