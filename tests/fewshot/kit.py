@@ -58,10 +58,13 @@ LEARNERS = {
     "llama": lambda **o: fewshot.llama(classifier(), num_steps=2, **o),
     "imaml": lambda **o: fewshot.imaml(classifier(), num_steps=3, **o),
     "protonet": lambda **o: fewshot.protonet(classifier(outputs=5), WAYS, **o),
+    "snail": lambda **o: fewshot.snail(
+        classifier(outputs=5), WAYS, 6, num_features=5, filters=3, attends=((4, 3), (3, 2)), **o
+    ),
     "fine_tune": lambda **o: fewshot.fine_tune(
         classifier(outputs=5), WAYS, 8, num_features=5, num_steps=3, **o
     ),
     "reptile": lambda **o: fewshot.reptile(classifier(), num_steps=3, **o),
 }
-OF_STEPS = [n for n in LEARNERS if n not in ("protonet",)]
+OF_STEPS = [n for n in LEARNERS if n not in ("protonet", "snail")]
 BY_GRADIENT = [n for n in LEARNERS if n not in ("reptile", "imaml")]

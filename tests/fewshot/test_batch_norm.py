@@ -16,10 +16,14 @@ def episodes():
 def learner(builder, policy):
     if builder is fewshot.protonet:
         return builder(fewshot.conv4(None, side=8, channels=4, blocks=2), 3, batch_norm=policy)
+    if builder is fewshot.snail:
+        return builder(
+            fewshot.conv4(None, side=8, channels=4, blocks=2), 3, 6, filters=4, batch_norm=policy
+        )
     return builder(fewshot.conv4(3, side=8, channels=4, blocks=2), batch_norm=policy)
 
 
-@pytest.mark.parametrize("builder", [fewshot.maml, fewshot.anil, fewshot.protonet])
+@pytest.mark.parametrize("builder", [fewshot.maml, fewshot.anil, fewshot.protonet, fewshot.snail])
 @pytest.mark.parametrize("policy", ["transductive", "support"])
 def test_only_transductive_predictions_depend_on_what_else_is_asked(builder, policy):
     found = learner(builder, policy)

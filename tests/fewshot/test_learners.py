@@ -61,7 +61,7 @@ def test_the_estimate_is_the_derivative_of_its_loss(name):
     torch.testing.assert_close((at(1) - at(-1)) / (2 * e), slope, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["maml", "anil", "meta_sgd", "meta_lstm", "protonet"])
+@pytest.mark.parametrize("name", ["maml", "anil", "meta_sgd", "meta_lstm", "protonet", "snail"])
 def test_adapt_and_predict_are_the_pure_functions_that_estimate_differentiates(name):
     learner = kit.LEARNERS[name]()
     meta_params = double(learner.init(fold_in(1)))
