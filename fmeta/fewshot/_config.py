@@ -20,6 +20,7 @@ from fmeta.fewshot._meta_sgd import meta_sgd
 from fmeta.fewshot._protonet import protonet
 from fmeta.fewshot._reptile import reptile
 from fmeta.fewshot._sinusoid import sinusoid
+from fmeta.fewshot._snail import snail
 from fmeta.fewshot._source import Source
 from fmeta.tasks._mlp import mlp
 
@@ -35,12 +36,16 @@ LEARNERS: dict[str, Any] = {
     "imaml": imaml,
     "llama": llama,
     "meta_lstm": meta_lstm,
+    "snail": snail,
     "protonet": protonet,
     "fine_tune": fine_tune,
 }
-# Learners that judge by features and not by a last layer of their own.
-OF_FEATURES = ("protonet", "fine_tune")
+# Learners that judge by features and not by a last layer of the network.
+OF_FEATURES = ("snail", "protonet", "fine_tune")
+OF_CLASSES = ("protonet", "fine_tune")
+WITHOUT_STEPS = ("snail", "protonet")
 TASKS = ("glyphs", "sinusoid", "omniglot", "image_folder")
+_HIDDEN = 40  # units of the two layers that sinusoids are learned with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class FewShotConfig:
 
     learner: str = "maml"
     """maml, first_order_maml, anil, meta_sgd, reptile, maml_plus_plus, imaml, llama, meta_lstm,
-    protonet or fine_tune."""
+    snail, protonet or fine_tune."""
     task: str = "glyphs"
     """glyphs (letters of matplotlib's fonts), sinusoid, omniglot or image_folder."""
     ways: int = 5
@@ -73,7 +78,7 @@ class FewShotConfig:
     num_steps: int | None = None
     """Inner steps; None: the learner's own number."""
     inner_lr: float | None = None
-    """Rate of the inner steps, at their start; None: 0.1, of sinusoid 0.01."""
+    """Rate of the inner steps, at their start; None: 0.1, of sinusoid 0.01, of fine_tune 0.5."""
     num_tasks: int = 8
     """Episodes in a meta-batch."""
     outer_steps: int = 1200
@@ -92,6 +97,8 @@ class FewShotConfig:
     """Outer steps between checkpoints."""
     test_episodes: int = 1000
     """Episodes of the final table."""
+    baselines: bool = True
+    """Put nearest neighbours and training from scratch beside it in that table."""
     resume: bool = False
     """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False
@@ -105,8 +112,13 @@ class FewShotConfig:
             raise ValueError(f"unknown task {self.task!r}: there are {', '.join(TASKS)}")
         if self.task == "image_folder" and self.root is None:
             raise ValueError("image_folder needs --root, the folder that holds train/, test/, ...")
-        if self.task == "sinusoid" and self.learner in OF_FEATURES:
+        if self.task == "sinusoid" and self.learner in OF_CLASSES:
             raise ValueError(f"{self.learner} classifies: sinusoid is a regression, take maml")
+        for field in ("num_steps", "inner_lr"):
+            if self.learner in WITHOUT_STEPS and getattr(self, field) is not None:
+                raise ValueError(f"{self.learner} takes no inner steps: leave out {field}")
+        if self.learner == "meta_lstm" and self.inner_lr is not None:
+            raise ValueError("meta_lstm learns how far it goes: leave out inner_lr")
         for field in (
             "ways",
             "shots",
@@ -156,11 +168,20 @@ class FewShotConfig:
         """The learner."""
         builder = LEARNERS[self.learner]
         options: dict[str, Any] = {"batch_norm": self.batch_norm}
-        if self.num_steps is not None and self.learner != "protonet":
+        if self.num_steps is not None:
             options["num_steps"] = self.num_steps
+        if self.learner == "snail":
+            outputs = source.ways or 1
+            if self.task == "sinusoid":
+                options["num_features"] = _HIDDEN
+            return snail(
+                self.network(source), outputs, outputs * source.shots, loss=self.loss, **options
+            )
         if self.learner == "protonet":
             return protonet(self.network(source), self.ways, **options)
         if self.learner == "fine_tune":
+            if self.inner_lr is not None:
+                options["lr"] = self.inner_lr
             return fine_tune(self.network(source), self.ways, source.classes["train"], **options)
         rate = 0.01 if self.task == "sinusoid" else 0.1
         if self.learner != "meta_lstm":
@@ -174,9 +195,9 @@ class FewShotConfig:
 
     def network(self, source: Source, *, head: bool = False) -> Any:
         """What the learner trains; with ``head`` a classifier in any case."""
-        if self.task == "sinusoid":
-            return mlp((1, 40, 40, 1), "relu")
         features = self.learner in OF_FEATURES and not head
+        if self.task == "sinusoid":
+            return mlp((1, _HIDDEN, _HIDDEN, *(() if features else (1,))), "relu")
         shape = source.shape
         return conv4(
             None if features else self.ways,

@@ -14,11 +14,12 @@ from torch import Tensor
 from fmeta import _files, combinators, optimizers
 from fmeta.distributed import Ranks
 from fmeta.fewshot._baselines import from_scratch, nearest_neighbour
-from fmeta.fewshot._config import FewShotConfig
+from fmeta.fewshot._config import WITHOUT_STEPS, FewShotConfig
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._figures import draw_adaptation, draw_curves, draw_episodes
+from fmeta.fewshot._glyphs import contact_sheet, load_glyphs
 from fmeta.fewshot._source import Source
 from fmeta.meta_train import Recipe, Result, run_job
 from fmeta.random import fold_in
@@ -38,8 +39,8 @@ def few_shot(
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Runs the few-shot job and writes ``weights.safetensors``, ``config.json``,
-    ``metrics.jsonl``, ``results.json``, ``episodes.png``, ``adaptation.png`` and ``checkpoint/``
-    into ``config.out/config.name``.
+    ``metrics.jsonl``, ``results.json``, ``episodes.png``, ``adaptation.png``, with glyphs
+    ``glyphs.png`` (a contact sheet of them), and ``checkpoint/`` into ``config.out/config.name``.
 
     Args:
         config: what to do.
@@ -48,9 +49,9 @@ def few_shot(
         ranks: who share the episodes; rank 0 alone validates, tests and writes.
 
     Returns:
-        What ``results.json`` holds: under ``"scores"`` mean and half the 95 % interval of the
-        accuracy (of sinusoids: of the loss) by name of the learner or baseline, and how they were
-        had.
+        What ``results.json`` holds: under ``"scores"`` mean, half the 95 % interval and the
+        value of each episode, of the accuracy (of sinusoids: of the loss), by name of the learner
+        or baseline, and how they were had.
 
     Raises:
         As `fmeta.meta_train.run_job`; ValueError for a configuration that cannot be meant,
@@ -146,33 +147,36 @@ def _test(
     found = {f"{config.learner}, meta-trained": score(learner, result.meta_params)}
     if config.learner != "fine_tune":
         found[f"{config.learner}, untrained"] = score(learner, start)
-    scratch = from_scratch(
-        config.network(source, head=True), loss=config.loss, batch_norm=config.batch_norm
-    )
-    found["trained from scratch on the support set"] = score(
-        scratch, scratch.init(fold_in(config.seed))
-    )
-    if source.ways:
-        found["nearest neighbour on pixels"] = score(nearest_neighbour(source.ways), {})
+    if config.baselines:
+        scratch = from_scratch(
+            config.network(source, head=True), loss=config.loss, batch_norm=config.batch_norm
+        )
+        found["trained from scratch on the support set"] = score(
+            scratch, scratch.init(fold_in(config.seed))
+        )
+        if source.ways:
+            found["nearest neighbour on pixels"] = score(nearest_neighbour(source.ways), {})
     say("drawing episodes.png and adaptation.png")
-    drawing = draw_episodes if source.ways else draw_curves
-    drawing(folder / "episodes.png", learner, result.meta_params, source, seed=config.seed + _TEST)
+    has_steps = config.learner not in WITHOUT_STEPS
+    path, seed = folder / "episodes.png", config.seed + _TEST
+    if source.ways:
+        draw_episodes(path, learner, result.meta_params, source, seed=seed)
+    else:
+        steps = (0, 1, None) if has_steps else (None,)
+        draw_curves(path, learner, result.meta_params, source, seed=seed, steps=steps)
+    if config.task == "glyphs":
+        contact_sheet(folder / "glyphs.png", load_glyphs(config.root))
     few = max(2, config.test_episodes // 5)
     draw_adaptation(
         folder / "adaptation.png",
         lambda steps: score(learner, result.meta_params, num_steps=steps, num_episodes=few),
         _steps(config, learner, result.meta_params, source),
-        {name: scores for name, scores in found.items() if "meta-trained" not in name},
+        {k: v for k, v in found.items() if not (has_steps and "meta-trained" in k)},
         title=f"{config.learner} on {source.name}, {config.ways}-way {config.shots}-shot",
         is_loss=not source.ways,
     )
     return {
-        "scores": {
-            name: {"mean": mean, "half_interval": half}
-            for name, (mean, half) in (
-                (name, s.accuracy() if source.ways else s.loss()) for name, s in found.items()
-            )
-        },
+        "scores": {name: _row(s, is_loss=not source.ways) for name, s in found.items()},
         "measure": "accuracy" if source.ways else "mean squared error",
         "episodes": config.test_episodes,
         "task": {"name": source.name, "ways": source.ways, "shots": source.shots},
@@ -185,11 +189,22 @@ def _test(
     }
 
 
+def _row(scores: Scores, is_loss: bool) -> dict[str, Any]:
+    """Mean and interval, and the values of all episodes, for pairs with another run's."""
+    values = scores.losses if is_loss else scores.accuracies
+    mean, half = scores.loss() if is_loss else scores.accuracy()
+    return {
+        "mean": mean,
+        "half_interval": half,
+        "episodes": [round(float(v), 6) for v in values],
+    }
+
+
 def _steps(
     config: FewShotConfig, learner: MetaLearner, meta_params: Any, source: Source
 ) -> dict[int, bool]:
     """Numbers of adaptation steps to draw, and whether each is beyond that of meta-training."""
-    if config.learner == "protonet":
+    if config.learner in WITHOUT_STEPS:
         return {}
     support = source.sample(fold_in(0), _judged_on(source, "test")).support
     with torch.no_grad():
