@@ -44,8 +44,9 @@ def fewshot_command(arguments: Sequence[str]) -> Callable[..., int]:
 
     fewshot.__doc__ = (
         f"{FewShotConfig.__doc__}\n\nWrites OUT/NAME/ with episodes.png, adaptation.png, "
-        "results.json, weights.safetensors, config.json, metrics.jsonl and checkpoint/. A run that "
-        "was stopped or killed goes on with --resume, and its --out and --name."
+        "glyphs.png (a contact sheet, of glyphs), results.json, weights.safetensors, config.json, "
+        "metrics.jsonl and checkpoint/. A run that was stopped or killed goes on with --resume, "
+        "and its --out and --name."
     )
     return fewshot
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,16 @@ def _image(axis: Any, x: Any, text: str, color: str) -> None:
 
 
 def draw_curves(
-    path: Path, learner: MetaLearner, meta_params: Any, source: Source, *, seed: int, rows: int = 4
+    path: Path,
+    learner: MetaLearner,
+    meta_params: Any,
+    source: Source,
+    *,
+    seed: int,
+    rows: int = 4,
+    steps: Sequence[int | None] = (0, 1, None),
 ) -> None:
-    """Test waves: the support points, and what is predicted before and after adaptation."""
+    """Test waves: the support points, and what is predicted after numbers of steps (None: all)."""
     from matplotlib.figure import Figure
 
     from fmeta.plot._figure import INK, MUTED, PALETTE, write
@@ -73,11 +80,14 @@ def draw_curves(
         design = torch.cat([known[0].sin(), known[0].cos()], -1)
         wave = torch.cat([x.sin(), x.cos()], -1) @ torch.linalg.lstsq(design, known[1]).solution
         axis.plot(x.numpy(), wave.numpy(), color=INK, lw=1.2, label="the wave")
-        for steps, color in ((0, MUTED), (1, PALETTE[5]), (None, PALETTE[0])):
+        for n in steps:
             with torch.no_grad():
-                adapted = learner.adapt(meta_params, support, num_steps=steps)
+                adapted = learner.adapt(meta_params, support, num_steps=n)
                 y = learner.predict(adapted, x)
-            label = "all steps" if steps is None else f"{steps} steps" if steps != 1 else "1 step"
+            label = "all steps" if n is None else f"{n} steps" if n != 1 else "1 step"
+            if len(steps) == 1:
+                label = "predicted"
+            color = {0: MUTED, None: PALETTE[0]}.get(n, PALETTE[5])
             axis.plot(x.numpy(), y.numpy(), color=color, lw=1.6, label=label)
         axis.plot(*(t.numpy() for t in support), "^", color=INK, ms=5, label="support")
         axis.spines[["top", "right"]].set_visible(False)
@@ -94,7 +104,10 @@ def draw_adaptation(
     title: str,
     is_loss: bool,
 ) -> None:
-    """Accuracy against adaptation steps, also beyond those of meta-training, beside baselines."""
+    """Accuracy against adaptation steps, also beyond those of meta-training, beside baselines.
+
+    Of a learner that takes no steps a line as well, the first of ``beside``.
+    """
     from matplotlib.figure import Figure
 
     from fmeta.plot._figure import PALETTE, write
@@ -116,13 +129,18 @@ def draw_adaptation(
         axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(left=-0.2)
-    for i, (name, scores) in enumerate(beside.items(), 1):
-        axis.axhline(value(scores)[0], color=PALETTE[i % len(PALETTE)], lw=1.4, label=name)
+    for i, (name, scores) in enumerate(beside.items(), 1 if found else 0):
+        mean, half = value(scores)
+        axis.axhline(mean, color=PALETTE[i % len(PALETTE)], lw=1.4, label=name)
+        if not found:
+            axis.axhspan(mean - half, mean + half, color=PALETTE[i % len(PALETTE)], alpha=0.2, lw=0)
     axis.set(
         title=title,
-        xlabel="adaptation steps",
+        xlabel="adaptation steps" if found else "this learner takes no adaptation steps",
         ylabel="mean squared error" if is_loss else "accuracy on queries (band: 95 %)",
     )
+    if not found:
+        axis.set_xticks([])
     if is_loss:
         axis.set_yscale("log")
     axis.spines[["top", "right"]].set_visible(False)

@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fmeta.fewshot._job as job
+from fmeta import fewshot
 from fmeta.cli import main
+from fmeta.fewshot import _glyphs
+from fmeta.random import fold_in
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def images(tmp_path_factory):
     return root
 
 
-def fewshot(images, out, *options):
+def run(images, out, *options):
     common = ["--task", "image_folder", "--root", str(images), "--ways", "3", "--out", str(out)]
     return main(["fewshot", "--smoke", *common, *options])
 
@@ -39,12 +43,12 @@ def contents(folder):
     }
 
 
-LEARNERS = ("maml", "reptile", "protonet", "fine_tune")
+LEARNERS = ("maml", "reptile", "snail", "protonet", "fine_tune")
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_a_learner_is_trained_tested_and_drawn(images, tmp_path, learner, capsys):
-    assert fewshot(images, tmp_path, "--learner", learner) == 0
+    assert run(images, tmp_path, "--learner", learner) == 0
     folder = tmp_path / "fewshot"
     for name in ("episodes.png", "adaptation.png", "weights.safetensors", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0
@@ -58,9 +62,11 @@ def test_a_learner_is_trained_tested_and_drawn(images, tmp_path, learner, capsys
     assert "transductive" in text
 
 
-def test_waves_have_curves_and_no_neighbours(tmp_path):
-    options = ["--task", "sinusoid", "--shots", "10", "--out", str(tmp_path)]
+@pytest.mark.parametrize("learner", ["maml", "snail"])
+def test_waves_have_curves_and_no_neighbours(tmp_path, learner):
+    options = ["--task", "sinusoid", "--shots", "10", "--out", str(tmp_path), "--learner", learner]
     assert main(["fewshot", "--smoke", *options]) == 0
+    assert (tmp_path / "fewshot" / "adaptation.png").stat().st_size > 0
     results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
     assert results["measure"] == "mean squared error"
     assert not any("neighbour" in name for name in results["scores"])
@@ -68,7 +74,7 @@ def test_waves_have_curves_and_no_neighbours(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert fewshot(images, whole) == 0
+    assert run(images, whole) == 0
     real = job.estimator
 
     def stopping(*args, **options):
@@ -83,7 +89,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "estimator", stopping)
-        assert fewshot(images, parts) == 130
+        assert run(images, parts) == 130
     assert f"fmeta fewshot --resume --out {parts} --name fewshot" in capsys.readouterr().err
     assert main(["fewshot", "--resume", "--out", str(parts)]) == 0
     assert contents(parts) == contents(whole)
@@ -96,6 +102,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
         (["--task", "letters"], "unknown task 'letters': there are glyphs"),
         (["--task", "image_folder"], "image_folder needs --root"),
         (["--task", "sinusoid", "--learner", "protonet"], "sinusoid is a regression"),
+        (["--learner", "snail", "--num-steps", "3"], "snail takes no inner steps: leave out num_s"),
+        (["--learner", "protonet", "--inner-lr", "1"], "takes no inner steps: leave out inner_lr"),
+        (["--learner", "meta_lstm", "--inner-lr", "1"], "meta_lstm learns how far it goes"),
         (["--ways", "0"], "ways must be at least 1"),
         (["--task", "omniglot"], "no Omniglot in"),
     ],
@@ -104,3 +113,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
 def test_what_cannot_be_meant_is_said(tmp_path, options, message, capsys):
     assert main(["fewshot", "--out", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_glyphs_of_a_run_can_be_looked_at(tmp_path):
+    """A few classes in the cache stand for the letters: the rest is the same again."""
+    images = torch.randint(0, 256, (6, 24, 28, 28), generator=fold_in(0)).to(torch.uint8)
+    stand_in = fewshot.Glyphs(images, tuple("abcdef"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_glyphs, "_build", lambda progress: dict.fromkeys(_glyphs.SCRIPTS, stand_in))
+        options = ["--learner", "snail", "--task", "glyphs", "--root", str(tmp_path / "cache")]
+        assert main(["fewshot", "--smoke", "--out", str(tmp_path), *options]) == 0
+    with Image.open(tmp_path / "fewshot" / "glyphs.png") as sheet:
+        shown = np.asarray(sheet.convert("L"))
+    assert shown.std() > 10
