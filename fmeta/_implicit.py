@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["SOLVERS", "ImplicitGradient", "implicit_gradient"]
+__all__ = ["SOLVERS", "ImplicitGradient", "check_solver", "implicit_gradient"]
 
 Tree = Any
 SOLVERS = ("cg", "neumann", "exact")
@@ -34,8 +35,8 @@ class ImplicitGradient(NamedTuple):
 
 
 def implicit_gradient(
-    inner_loss: Callable[[Tree, Tree], Tensor],
-    outer_loss: Callable[[Tree, Tree], Tensor],
+    inner_loss: Callable[[Tree, Tree], Tensor] | Sequence[Callable[[Tree, Tree], Tensor]],
+    outer_loss: Callable[[Tree, Tree], Tensor] | Sequence[Callable[[Tree, Tree], Tensor]],
     params: Tree,
     meta_params: Tree,
     *,
@@ -56,8 +57,9 @@ def implicit_gradient(
     Args:
         inner_loss: ``inner_loss(params, meta_params) -> scalar``, with everything that the
             optimum depends on: a proximal term ``lam / 2 |params - start|^2`` for a learned
-            start, a penalty with a learned weight.
-        outer_loss: ``outer_loss(params, meta_params) -> scalar``.
+            start, a penalty with a learned weight. Or several, whose sum it is: the graph of one
+            at a time is held.
+        outer_loss: ``outer_loss(params, meta_params) -> scalar``, or several.
         params: tree of floating tensors, an optimum of the inner loss, or near one.
         meta_params: tree of floating tensors.
         solver: ``"cg"``: conjugate gradients, for positive definite H; ``"neumann"``:
@@ -87,24 +89,17 @@ def implicit_gradient(
         Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
         differentiation" (1911.02590), theorem 1 and algorithm 3 (Neumann).
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if isinstance(num_iterations, bool) or num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-    if not 0 <= damping < math.inf or not 0 < step_size < math.inf:
-        raise ValueError(
-            "damping must be at least 0 and step_size above 0, both finite, got "
-            f"{damping} and {step_size}"
-        )
-    slope_at = torch.func.grad(inner_loss)
+    check_solver(solver, num_iterations, damping, step_size)
+    inner, outer = (x if isinstance(x, Sequence) else (x,) for x in (inner_loss, outer_loss))
+    slopes = [torch.func.grad(part) for part in inner]
 
     def product(v: Tree) -> Tree:
         # Reverse over reverse: not every loss has a derivative forward over reverse.
-        hv = torch.func.grad(lambda p: _dot(slope_at(p, meta_params), v))(params)
-        return trees.map(lambda h, x: h + damping * x, hv, v)
+        parts = [torch.func.grad(lambda p, s=s: _dot(s(p, meta_params), v))(params) for s in slopes]
+        return trees.map(lambda h, x: h + damping * x, _sum(parts), v)
 
-    by_both, loss = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(params, meta_params)
-    v, direct = by_both
+    both = [torch.func.grad_and_value(part, argnums=(0, 1))(params, meta_params) for part in outer]
+    (v, direct), loss = _sum(both)
     if solver == "cg":
         u = _conjugate_gradients(product, v, num_iterations)
     elif solver == "neumann":
@@ -114,12 +109,24 @@ def implicit_gradient(
     left = trees.map(torch.sub, product(u), v)
     residual = _norm(left) / _norm(v).clamp_min(torch.finfo(loss.dtype).tiny)
 
-    def along(m: Tree) -> Tensor:
-        return _dot(slope_at(params, m), trees.map(torch.Tensor.detach, u))
+    u = trees.map(torch.Tensor.detach, u)
+    along = [torch.func.grad(lambda m, s=s: _dot(s(params, m), u))(meta_params) for s in slopes]
+    slope = _norm(_sum([s(params, meta_params) for s in slopes]))
+    grads = trees.map(torch.sub, direct, _sum(along))
+    return ImplicitGradient(grads, loss, residual, slope)
 
-    indirect = torch.func.grad(along)(meta_params)
-    slope = _norm(slope_at(params, meta_params))
-    return ImplicitGradient(trees.map(torch.sub, direct, indirect), loss, residual, slope)
+
+def check_solver(solver: str, num_iterations: int, damping: float, step_size: float) -> None:
+    """Raises a ValueError for an unknown solver or numbers out of range."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if isinstance(num_iterations, bool) or num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+    if not 0 <= damping < math.inf or not 0 < step_size < math.inf:
+        raise ValueError(
+            "damping must be at least 0 and step_size above 0, both finite, got "
+            f"{damping} and {step_size}"
+        )
 
 
 def _conjugate_gradients(product: Callable[[Tree], Tree], v: Tree, iterations: int) -> Tree:
@@ -165,6 +172,10 @@ def _exact(product: Callable[[Tree], Tree], v: Tree) -> Tree:
     solved = torch.linalg.solve(matrix, right)
     parts = [p.view_as(x) for p, x in zip(solved.split(sizes), flat, strict=True)]
     return trees.unflatten(spec, parts)
+
+
+def _sum(parts: list[Any]) -> Any:
+    return functools.reduce(lambda x, y: trees.map(torch.add, x, y), parts)
 
 
 def _plus(x: Tree, factor: Tensor, y: Tree) -> Tree:

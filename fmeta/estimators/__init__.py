@@ -7,6 +7,7 @@ from fmeta.estimators._es_single import es_single
 from fmeta.estimators._forward import forward
 from fmeta.estimators._full import full
 from fmeta.estimators._horizons import constant, growing, log_uniform
+from fmeta.estimators._implicit import implicit
 from fmeta.estimators._nres import nres
 from fmeta.estimators._pes import pes
 from fmeta.estimators._score_function import score_function
@@ -21,6 +22,7 @@ __all__ = [
     "forward",
     "full",
     "growing",
+    "implicit",
     "log_uniform",
     "meta_losses",
     "nres",

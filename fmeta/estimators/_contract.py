@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.distributed import Ranks
+from fmeta.tasks import TaskFamily
 
 __all__ = [
     "Bind",
     "Estimate",
     "Estimator",
+    "InnerLoss",
     "MetaLoss",
     "bind_opt_params",
     "bound_pair",
@@ -21,10 +23,13 @@ __all__ = [
     "check_meta_params",
     "check_sizes",
     "last_loss",
+    "learned_loss",
     "scored",
 ]
 
 Bind = Callable[[Any, Any], tuple[Any, Any]]
+# (data, config, model_params, batch, meta_params) -> scalar: a family's loss that is learned too.
+InnerLoss = Callable[[Any, Any, Any, Any, Any], Tensor]
 MetaLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
@@ -97,6 +102,15 @@ def bound_pair(bind: Bind, meta_params: Any, config: Any) -> tuple[Any, Any]:
             f"bind must return (opt_params, model_params or None), got a {type(bound).__name__}"
         )
     return bound
+
+
+def learned_loss(loss: InnerLoss, family: TaskFamily) -> Callable[..., Tensor]:
+    """In the form `fmeta.unroll` takes, with ``loss_args=(config, meta_params)``."""
+
+    def loss_fn(params: Any, batch: Any, config: Any, meta_params: Any) -> Tensor:
+        return loss(family.data, config, params, batch, meta_params)
+
+    return loss_fn
 
 
 def last_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tensor) -> Tensor:

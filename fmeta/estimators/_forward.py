@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fmeta.distributed import Ranks
-from fmeta.estimators._contract import Bind, Estimator, check_sizes
+from fmeta.estimators._contract import Bind, Estimator, InnerLoss, check_sizes
 from fmeta.estimators._forward_online import online
 from fmeta.estimators._full import over_whole_trainings
 from fmeta.estimators._pushed import basis, by_leaf, check_few, pushed
@@ -28,6 +28,7 @@ def forward(
     horizon: int | Sequence[int],
     truncation: int | None = None,
     bind: Bind | None = None,
+    inner_loss: InnerLoss | None = None,
     meta_loss: Callable[..., Tensor] | None = None,
     eval_split: str | None = None,
     stagger: bool = True,
@@ -58,6 +59,7 @@ def forward(
             gets one.
         truncation: inner steps of an estimate; None: whole trainings.
         bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; as in `full`.
+        inner_loss: as in `full`; of whole trainings only.
         meta_loss: that of `full`, of a ``run``; with ``truncation`` that of `truncated`,
             ``meta_loss(losses, eval_losses, t, horizon)``.
         eval_split: the split from which a batch is evaluated after each inner step; None: none.
@@ -74,7 +76,7 @@ def forward(
     Raises:
         ValueError: numbers below 1; an optimizer that needs what the family's ``extras`` do not
             give; fewer tasks than families; later, more meta-parameters than ``max_elements``, and
-            an operation without a forward-mode derivative.
+            an operation without a forward-mode derivative; ``inner_loss`` with ``truncation``.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Example:
@@ -91,6 +93,8 @@ def forward(
     """
     check_sizes(max_elements=max_elements, truncation=truncation)
     if truncation is not None:
+        if inner_loss is not None:
+            raise ValueError("inner_loss goes with whole trainings: leave out truncation")
         few = online(
             optimizer,
             family,
@@ -115,6 +119,7 @@ def forward(
             num_tasks=num_tasks,
             horizon=horizon,
             bind=bind,
+            inner_loss=inner_loss,
             meta_loss=meta_loss,
             eval_split=eval_split,
             chunk_size=chunk_size,

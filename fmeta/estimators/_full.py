@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fmeta._autodiff import grad_and_value
 from fmeta._unroll import Run, unroll
-from fmeta.distributed import Ranks, Share
-from fmeta.estimators._averages import first_bad_step, mean_over_tasks
+from fmeta.distributed import Ranks
 from fmeta.estimators._contract import (
     Bind,
-    Estimate,
     Estimator,
+    InnerLoss,
     bind_opt_params,
     bound_pair,
-    check_meta_params,
     check_sizes,
+    learned_loss,
 )
-from fmeta.estimators._mixture import over_families
+from fmeta.estimators._fresh_tasks import OfOneTask, over_fresh_tasks
 from fmeta.optimizer import Optimizer, check_optimizer_type
-from fmeta.tasks import (
-    Mixture,
-    TaskFamily,
-    extras_of_task,
-    loss_of_task,
-    sample_batches,
-    sample_task,
-    stack_tasks,
-)
-from fmeta.tasks._family import device_of_tasks
+from fmeta.tasks import Mixture, TaskFamily, extras_of_task, loss_of_task
 
 __all__ = ["full", "over_whole_trainings"]
-
-
-class FullState(NamedTuple):
-    """Where the stream of tasks stands.
-
-    Attributes:
-        seed: the seed of the run.
-        step: the number of estimates made.
-    """
-
-    seed: int
-    step: int
 
 
 def full(
@@ -56,6 +33,7 @@ def full(
     num_tasks: int,
     horizon: int,
     bind: Bind | None = None,
+    inner_loss: InnerLoss | None = None,
     meta_loss: Callable[[Run], Tensor] | None = None,
     eval_split: str | None = None,
     first_order: bool | str = False,
@@ -75,6 +53,9 @@ def full(
         bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; says what is
             learned. Default: ``meta_params`` are the optimizer's parameters; ``None`` means that
             models start by ``family.init``.
+        inner_loss: ``inner_loss(data, config, model_params, batch, meta_params) -> scalar``, what
+            training minimises where that is learned too (a penalty, weights of examples, a loss
+            that is a network); evaluations stay with the family's loss. Default: the family's.
         meta_loss: ``meta_loss(run) -> scalar`` of one task's `Run`; default the mean of its
             ``eval_losses`` with ``eval_split``, else of its ``losses``.
         eval_split: the split of the family's data from which one batch is evaluated after each
@@ -92,7 +73,8 @@ def full(
 
     Raises:
         ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
-            what the family's ``extras`` do not give; fewer tasks than families.
+            what the family's ``extras`` do not give; fewer tasks than families; an ``inner_loss``
+            that nothing else judges.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
     """
     return over_whole_trainings(
@@ -102,6 +84,7 @@ def full(
         num_tasks=num_tasks,
         horizon=horizon,
         bind=bind,
+        inner_loss=inner_loss,
         meta_loss=meta_loss,
         eval_split=eval_split,
         chunk_size=chunk_size,
@@ -120,6 +103,7 @@ def over_whole_trainings(
     num_tasks: int,
     horizon: int,
     bind: Bind | None,
+    inner_loss: InnerLoss | None,
     meta_loss: Callable[[Run], Tensor] | None,
     eval_split: str | None,
     chunk_size: int | None,
@@ -132,17 +116,24 @@ def over_whole_trainings(
         differentiate: ``differentiate(one, meta_params, *args) -> (grads, (value, aux))`` for
             ``one(meta_params, *args) -> (scalar, aux)``, such as `grad_and_value`; used under
             `vmap` over tasks.
-        optimizer, family, num_tasks, horizon, bind, meta_loss, eval_split, chunk_size, ranks: of
-            `full`.
+        optimizer, family, num_tasks, horizon, bind, inner_loss, meta_loss, eval_split, chunk_size,
+            ranks: of `full`.
         **options: of `fmeta.unroll`.
     """
     check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
+    if inner_loss is not None and eval_split is None and meta_loss is None:
+        raise ValueError(
+            "an inner_loss that is learned cannot be judged by itself: give eval_split (the "
+            "family's loss then counts), or a meta_loss of the run"
+        )
     bind, score = bind or bind_opt_params, meta_loss or _mean_loss
 
-    def build(family: TaskFamily, share: Share) -> Estimator:
+    def gradient_of(family: TaskFamily) -> Callable[..., OfOneTask]:
         loss_fn = loss_of_task(family)
+        trained = loss_fn if inner_loss is None else learned_loss(inner_loss, family)
         extras = extras_of_task(family, optimizer)
+        judge = {"eval_loss_fn": lambda p, b, config, *_: loss_fn(p, b, config)}
 
         def one(
             meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
@@ -150,58 +141,35 @@ def over_whole_trainings(
             opt_params, start = bound_pair(bind, meta_params, config)
             run = unroll(
                 optimizer,
-                loss_fn,
+                trained,
                 opt_params,
                 params if start is None else start,
                 batches,
-                loss_args=(config,),
-                extras=extras,
-                eval_batches=None if eval_split is None else eval_batches,
+                loss_args=(config,) if inner_loss is None else (config, meta_params),
+                extras=None if extras is None else lambda p, b, config, *_: extras(p, b, config),
+                **({} if eval_split is None else {"eval_batches": eval_batches, **judge}),
                 **options,
             )
             own = {"config": config} if "config" in getattr(score, "needs", ()) else {}
             return score(run, **own), (run.losses, run.eval_losses)
 
-        of_tasks = torch.vmap(
-            lambda *args: differentiate(one, *args),
-            in_dims=(None, 0, 0, 0, 0),
-            chunk_size=chunk_size,
-        )
+        def gradient(meta_params: Any, *args: Any) -> OfOneTask:
+            grads, (value, (losses, evals)) = differentiate(one, meta_params, *args)
+            return OfOneTask(grads, value, losses, evals, {})
 
-        def init(meta_params: Any, seed: int) -> FullState:
-            check_meta_params(meta_params)
-            return FullState(int(seed), 0)
+        return gradient
 
-        def estimate(meta_params: Any, state: FullState) -> tuple[Estimate, FullState]:
-            check_meta_params(meta_params)
-            drawn = [(state.seed, state.step, i) for i in share.worked_on]
-            device = device_of_tasks(family, meta_params)
-            tasks = [sample_task(family, horizon, *ints) for ints in drawn]
-            stacked = stack_tasks(tasks, device)
-            shown = stacked.batches
-            if eval_split is not None:
-                seen = [
-                    sample_batches(family, task.config, horizon, *ints, split=eval_split)
-                    for task, ints in zip(tasks, drawn, strict=True)
-                ]
-                shown = stack_tasks(seen, device)
-            with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
-                parts, (values, (losses, evals)) = of_tasks(meta_params, *stacked, shown)
-                bad_step = first_bad_step(_by_step(losses), _by_step(evals))
-                metrics = {"losses": losses, "drawn": torch.tensor(drawn, device=device)}
-                estimate = mean_over_tasks(values, parts, bad_step, metrics, share=share)
-            return estimate, state._replace(step=state.step + 1)
-
-        return Estimator(init, estimate, share.ranks)
-
-    return over_families(build, family, num_tasks, ranks or Ranks.alone())
+    return over_fresh_tasks(
+        gradient_of,
+        family,
+        num_tasks=num_tasks,
+        horizon=horizon,
+        eval_split=eval_split,
+        chunk_size=chunk_size,
+        ranks=ranks,
+    )
 
 
 def _mean_loss(run: Run) -> Tensor:
     losses: Tensor = run.eval_losses if isinstance(run.eval_losses, Tensor) else run.losses
     return losses.mean()
-
-
-def _by_step(losses: Any) -> Tensor | None:
-    """``(tasks, T)`` as ``(T, tasks, 1)``; None for no losses."""
-    return losses.T.unsqueeze(-1) if isinstance(losses, Tensor) else None

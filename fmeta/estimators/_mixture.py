@@ -17,6 +17,9 @@ from fmeta.tasks import Mixture, TaskFamily
 
 __all__ = ["over_families", "shares"]
 
+# Metrics with a row for each task.
+_BY_TASK = ("diverged", "diverged_at", "drawn", "residual", "slope")
+
 
 def shares(total: int, weights: tuple[float, ...]) -> list[int]:
     """``total`` in whole parts after ``weights``, at least one each, by largest remainders.
@@ -105,7 +108,8 @@ def _mean(estimates: list[Estimate]) -> Estimate:
     sizes = torch.tensor([len(e.metrics["diverged"]) for e in estimates], device=device)
     metrics: dict[str, Any] = {
         name: torch.cat([e.metrics[name] for e in estimates])
-        for name in ("diverged", "diverged_at", "drawn")
+        for name in _BY_TASK
+        if name in estimates[0].metrics
     }
     # (tasks, T), or (K, tasks, copies).
     losses = [e.metrics["losses"] for e in estimates]

@@ -37,9 +37,23 @@ QUADRATIC = quadratics(3)
 MIXED = mixture([QUADRATIC, quadratics(5, worst=9.0)], weights=(2, 1))
 OPTIONS = {"horizon": (4, 6), "truncation": 3}
 
+
+def decayed(data, config, params, batch, meta):
+    """A loss that reads all of META, so that its optimum depends on it."""
+    penalty = (meta["lr"].exp() + meta["betas"][0].exp() * meta["betas"][1].cos().square()) / 2
+    value = config["k"] * (params["w"] - batch).square().sum() / 2
+    return value + penalty * params["w"].square().sum()
+
+
 ESTIMATORS = {
     "full": lambda **o: estimators.full(RULE, QUADRATIC, num_tasks=5, horizon=4, **o),
     "full of a mixture": lambda **o: estimators.full(RULE, MIXED, num_tasks=5, horizon=4, **o),
+    "implicit": lambda **o: estimators.implicit(
+        fmeta.optimizers.sgd(0.1), QUADRATIC, num_tasks=5, horizon=4, inner_loss=decayed, **o
+    ),
+    "implicit of a mixture": lambda **o: estimators.implicit(
+        fmeta.optimizers.sgd(0.1), MIXED, num_tasks=5, horizon=4, inner_loss=decayed, **o
+    ),
     "truncated": lambda **o: estimators.truncated(RULE, QUADRATIC, num_tasks=5, **OPTIONS, **o),
     "truncated, a mixture": lambda **o: estimators.truncated(
         RULE, MIXED, num_tasks=5, **OPTIONS, **o
