@@ -186,6 +186,8 @@ class FewShotConfig:
         rate = 0.01 if self.task == "sinusoid" else 0.1
         if self.learner != "meta_lstm":
             options["lr"] = rate if self.inner_lr is None else self.inner_lr
+        if self.learner == "reptile":  # as in the paper: steps on different batches of a task
+            options["batch_size"] = 10
         found: MetaLearner = builder(self.network(source), loss=self.loss, **options)
         return found
 
