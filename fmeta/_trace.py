@@ -8,6 +8,7 @@ results, bit for bit.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta import trees
 
-__all__ = ["Traced"]
+__all__ = ["VIEWS", "Traced", "edits", "equal", "recording", "simplify", "uncompilable"]
 
-_recording = threading.Lock()
+recording = threading.Lock()  # which is for one thread at a time
 
 
 class Traced:
-    """``fn`` with its operations recorded at the first call for each structure and shapes.
+    """``fn`` with its operations recorded at a call for each structure and shapes.
 
     Only for functions of tensors that are pure: what they read from elsewhere is read once. (One
     that gives something else when it is called again is not replayed.) No derivative is taken of
@@ -33,18 +34,24 @@ class Traced:
         fn: ``fn(*trees) -> tree``; leaves are tensors.
         compile: hand what was recorded to `torch.compile`: faster still, and equal to rounding
             only, after a compilation of 15 to 40 seconds. What cannot be recorded is an error.
+        after: so many calls of each kind go to ``fn`` itself before one is recorded, which takes
+            as long as many calls do.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, compile: bool = False) -> None:
-        self.fn, self.compile = fn, compile
+    def __init__(self, fn: Callable[..., Any], *, compile: bool = False, after: int = 0) -> None:
+        self.fn, self.compile, self.after = fn, compile, after
         self.recorded: dict[Any, Any] = {}
+        self.calls: Counter[Any] = Counter()
 
     def __call__(self, *args: Any) -> Any:
         flat, spec = trees.flatten(args)
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in flat))
         with torch.no_grad():
             if key not in self.recorded:
-                with _recording:  # which is for one thread at a time
+                if self.calls[key] < self.after:
+                    self.calls[key] += 1
+                    return self.fn(*args)
+                with recording:
                     self.recorded[key] = self._record(flat, spec)
             replay, out_spec = self.recorded[key]
             if replay is None:
@@ -63,8 +70,8 @@ class Traced:
             module = make_fx(flat_fn)(*flat)
         except Exception as error:  # not recordable, or wrong: then the function itself says so
             return self._unrecorded(error)
-        _simplify(module)
-        if not _equal(module(*flat), flat_fn(*flat)):
+        simplify(module)
+        if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
             return torch.compile(module, fullgraph=True, dynamic=False), out[0]
@@ -72,14 +79,19 @@ class Traced:
 
     def _unrecorded(self, error: Exception | None) -> tuple[None, None]:
         if self.compile:
-            raise ValueError(
-                "the step cannot be compiled: it gives something else when it is called again, or "
-                "depends on more than the shapes of tensors; leave compile=True out"
-            ) from error
+            raise uncompilable() from error
         return None, None
 
 
-_VIEWS = {
+def uncompilable() -> ValueError:
+    """What to raise for a function that cannot be recorded."""
+    return ValueError(
+        "the step cannot be compiled: it gives something else when it is called again, or "
+        "depends on more than the shapes of tensors; leave compile=True out"
+    )
+
+
+VIEWS = {
     torch.ops.aten.view.default,
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.expand.default,
@@ -91,18 +103,19 @@ _VIEWS = {
 }
 
 
-def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether all tensors are the same, bit for bit."""
     return all(
         torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in zip(a, b, strict=True)
     )
 
 
-def _simplify(module: Any) -> None:
+def simplify(module: Any) -> None:
     """Drops views that change nothing, which transforms leave behind by the hundred."""
     for node in list(module.graph.nodes):
-        if node.target in _VIEWS and node.args and isinstance(node.args[0], torch.fx.Node):
+        if node.target in VIEWS and node.args and isinstance(node.args[0], torch.fx.Node):
             before = node.args[0]
-            if _is_same(before, node) and not any(map(_edits, (*node.users, *before.users))):
+            if _is_same(before, node) and not any(map(edits, (*node.users, *before.users))):
                 node.replace_all_uses_with(before)
                 module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
@@ -119,7 +132,7 @@ def _is_same(a: Any, b: Any) -> bool:
     )
 
 
-def _edits(node: Any) -> bool:
+def edits(node: Any) -> bool:
     """Whether an operation works in place: then what it is given must be a tensor of its own."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

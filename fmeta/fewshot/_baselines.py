@@ -117,7 +117,7 @@ def fine_tune(
         }
         return {"model_params": params, "head": head}
 
-    def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+    def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         x = torch.cat([episode.support.x, episode.query.x])
         y = episode.classes[torch.cat([episode.support.y, episode.query.y])]
         outputs = affine(

@@ -165,6 +165,7 @@ def gradient_based(
     batch_size: int | None = None,
     step_weights: Weights | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
     estimate: Callable[[Inner], Piece] | None = None,
 ) -> MetaLearner:
     """A learner of initial parameters, and of whatever else the inner optimizer learns.
@@ -186,8 +187,11 @@ def gradient_based(
         batch_size: support examples in an inner step, taken in turn; None: all in each.
         step_weights: ``step_weights(progress, num_steps) -> (num_steps,)``: the meta-loss is the
             weighted sum of the query losses after each step; None: the last one alone.
-        chunk_size: episodes that are worked on together, as in `torch.vmap`; None: all.
-            Convolutions are often faster by 8.
+        chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
+            convolutions as many as have about 100 support examples, whose activations stay in the
+            caches.
+        compile: compile the meta-gradient at the first call for each shape of meta-batch: minutes
+            of compilation, faster after that, equal to rounding only.
         estimate: makes another way to the meta-gradient from the `Inner` training; default
             backpropagation.
 
@@ -218,22 +222,24 @@ def gradient_based(
         checkpoint=checkpoint,
         mixed_mode=mixed_mode,
     )
+    options: dict[str, Any] = {"chunk_size": chunk_size, "compile": compile}
     if estimate is not None:
         piece = estimate(inner)
     elif step_weights is not None:
-        piece = by_gradient(_after_every_step(inner, step_weights))
+        piece = by_gradient(_after_every_step(inner))
+        options["at"] = lambda progress: step_weights(progress, num_steps)
     else:
         piece = by_gradient(_after_the_last(inner))
     return MetaLearner(
         start_of(model, optimizer),
-        estimate_by(piece, chunk_size=chunk_size),
+        estimate_by(piece, **options),
         inner.adapt,
         inner.predict,
     )
 
 
 def _after_the_last(inner: Inner) -> Callable[..., tuple[Tensor, Seen]]:
-    def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+    def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         adapted = inner.adapt(meta_params, episode.support)
         value, outputs = inner.query_loss(adapted, episode.query)
         return value, shown(adapted.losses, outputs, episode.query.y)
@@ -241,7 +247,7 @@ def _after_the_last(inner: Inner) -> Callable[..., tuple[Tensor, Seen]]:
     return meta_loss
 
 
-def _after_every_step(inner: Inner, step_weights: Weights) -> Callable[..., tuple[Tensor, Seen]]:
+def _after_every_step(inner: Inner) -> Callable[..., tuple[Tensor, Seen]]:
     def query_loss(moving: Tree, batch: Any, fixed: Tree) -> Tensor:
         support, query, _ = batch
         params, stats = {**fixed, **moving}, ()
@@ -249,7 +255,7 @@ def _after_every_step(inner: Inner, step_weights: Weights) -> Callable[..., tupl
             stats = inner.model.apply(params, support.x)[1]
         return inner.loss(inner.model.apply(params, query.x, stats)[0], query.y)
 
-    def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+    def meta_loss(meta_params: Tree, episode: Episode, weights: Tensor) -> tuple[Tensor, Seen]:
         steps = inner.num_steps
         run, params = inner.run(
             meta_params,
@@ -262,7 +268,8 @@ def _after_every_step(inner: Inner, step_weights: Weights) -> Callable[..., tupl
             stats = inner.model.apply(params, episode.support.x)[1]
         with torch.no_grad():
             outputs = inner.predict(Adapted(params, stats, run.losses), episode.query.x)
-        weights = step_weights(progress, steps).to(run.eval_losses)
-        return (weights * run.eval_losses).sum(), shown(run.losses, outputs, episode.query.y)
+        return (weights.to(run.eval_losses) * run.eval_losses).sum(), shown(
+            run.losses, outputs, episode.query.y
+        )
 
     return meta_loss

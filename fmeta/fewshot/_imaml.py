@@ -106,7 +106,7 @@ def imaml(
     def estimate(inner: Inner) -> Piece:
         held.append(inner)
 
-        def piece(meta_params: Tree, episode: Episode, progress: float) -> Any:
+        def piece(meta_params: Tree, episode: Episode, progress: Any) -> Any:
             with torch.no_grad():
                 run = trained(inner, meta_params, episode.support, inner.num_steps)
             loss = near(inner)

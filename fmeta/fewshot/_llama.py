@@ -68,7 +68,7 @@ def llama(
     categorical = options.get("loss", "cross_entropy") == "cross_entropy"
 
     def estimate(inner: Inner) -> Piece:
-        def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+        def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
             adapted = inner.adapt(meta_params, episode.support)
             value, outputs = inner.query_loss(adapted, episode.query)
             curved = curvature_log_det(

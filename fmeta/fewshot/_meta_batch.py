@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._autodiff import grad_and_value
+from fmeta._autodiff import grad_and_value, inside_transform
+from fmeta._trace import Traced
 from fmeta.distributed import Share
 from fmeta.estimators import Estimate
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
@@ -21,7 +22,13 @@ __all__ = ["Seen", "by_gradient", "estimate_by", "shown"]
 
 Tree = Any
 # piece(meta_params, episode, progress) -> (gradient, (value, Seen)): the part of one episode.
-Piece = Callable[[Tree, Episode, float], tuple[Tree, tuple[Tensor, "Seen"]]]
+# `progress` is a scalar tensor, or what `at` of `estimate_by` makes of it.
+Piece = Callable[[Tree, Episode, Any], tuple[Tree, tuple[Tensor, "Seen"]]]
+
+# Recording a meta-gradient takes as long as a hundred of them; the results are the same.
+_BEFORE_RECORDING = 30
+# Support examples at once of networks that convolve on a CPU: then what they make fits its caches.
+_IN_CACHE = 100
 
 
 class Seen(NamedTuple):
@@ -46,7 +53,7 @@ def shown(losses: Tensor | None, outputs: Tensor, y: Tensor) -> Seen:
 def by_gradient(meta_loss: Callable[..., tuple[Tensor, Seen]]) -> Piece:
     """The exact gradient of ``meta_loss(meta_params, episode, progress) -> (value, Seen)``."""
 
-    def piece(meta_params: Tree, episode: Episode, progress: float) -> Any:
+    def piece(meta_params: Tree, episode: Episode, progress: Any) -> Any:
         return grad_and_value(
             lambda params, episode: meta_loss(params, episode, progress), meta_params, episode
         )
@@ -54,13 +61,29 @@ def by_gradient(meta_loss: Callable[..., tuple[Tensor, Seen]]) -> Piece:
     return piece
 
 
-def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[..., Estimate]:
+def estimate_by(
+    piece: Piece,
+    *,
+    chunk_size: int | None = None,
+    compile: bool = False,
+    at: Callable[[float], Tensor] = torch.tensor,
+) -> Callable[..., Estimate]:
     """``estimate`` of a `MetaLearner`: the mean of the episodes' parts, made together by `vmap`.
+
+    After some calls with the same shapes the operations are recorded, and replayed from then on.
 
     Args:
         piece: one episode's part.
-        chunk_size: episodes that are worked on together, as in `torch.vmap`; None: all.
+        chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
+            convolutions as many as fit its caches.
+        compile: as of `gradient_based`.
+        at: makes a tensor for the piece of the part of meta-training that is over.
     """
+
+    def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
+        return torch.vmap(piece, in_dims=(None, 0, None))(meta_params, episodes, progress)
+
+    recorded = Traced(together, compile=compile, after=0 if compile else _BEFORE_RECORDING)
 
     def estimate(
         meta_params: Tree,
@@ -71,13 +94,17 @@ def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[...,
     ) -> Estimate:
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
-        together = torch.vmap(
-            lambda params, episode: piece(params, episode, progress),
-            in_dims=(None, 0),
-            chunk_size=chunk_size,
-        )
+        run: Callable[..., Any] = together
+        if _is_plain(meta_params, episodes):
+            run = recorded  # which holds for one layout in memory
+            meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
+        size = chunk_size or _size_in_cache(meta_params, episodes)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
-            parts, (values, seen) = together(meta_params, episodes)
+            given = at(progress)
+            found = [run(meta_params, chunk, given) for chunk in _chunks(episodes, size)]
+            parts, (values, seen) = (
+                trees.map(lambda *xs: torch.cat(xs), *found) if len(found) > 1 else found[0]
+            )
             bad = torch.full(values.shape, -1, device=values.device)
             if seen.losses.shape[1]:
                 bad = first_bad_step(seen.losses.T.unsqueeze(-1))
@@ -85,6 +112,28 @@ def estimate_by(piece: Piece, *, chunk_size: int | None = None) -> Callable[...,
             return mean_over_tasks(values, parts, bad, metrics, share=share)
 
     return estimate
+
+
+def _is_plain(*given: Tree) -> bool:
+    """Whether these are ordinary tensors outside of all transforms, which can be recorded."""
+    if inside_transform() or torch.is_inference_mode_enabled():
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in trees.leaves(given))
+
+
+def _size_in_cache(meta_params: Tree, episodes: Episode) -> int:
+    tasks, examples = episodes.support.y.shape[:2]
+    convolves = any(x.ndim == 4 for x in trees.leaves(meta_params))
+    if convolves and episodes.support.x.device.type == "cpu":
+        return max(1, _IN_CACHE // examples)
+    return tasks
+
+
+def _chunks(episodes: Episode, size: int) -> list[Episode]:
+    tasks = len(episodes.support.y)
+    if size >= tasks:
+        return [episodes]
+    return [trees.map(lambda x, i=i: x[i : i + size], episodes) for i in range(0, tasks, size)]
 
 
 def check_episodes(episodes: Any) -> Episode:

@@ -82,7 +82,7 @@ def protonet(
         features, _ = model.apply(adapted.params, query_x, adapted.stats)
         return -(features[:, None] - adapted.means).square().sum(-1)
 
-    def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+    def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)
         return loss(outputs, episode.query.y), shown(None, outputs, episode.query.y)
 

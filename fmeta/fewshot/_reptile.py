@@ -60,7 +60,7 @@ def reptile(
         )
 
     def estimate(inner: Inner) -> Piece:
-        def piece(meta_params: Tree, episode: Episode, progress: float) -> Any:
+        def piece(meta_params: Tree, episode: Episode, progress: Any) -> Any:
             with torch.no_grad():
                 moving, fixed = inner.parts(meta_params["model_params"])
                 run = unroll(

@@ -119,7 +119,7 @@ def snail(
         rows = torch.cat([features, features.new_zeros(len(features), num_outputs)], -1)
         return sequence.after(adapted.params["sequence"], adapted.kept, rows)
 
-    def meta_loss(meta_params: Tree, episode: Episode, progress: float) -> tuple[Tensor, Seen]:
+    def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)
         return score(outputs, episode.query.y), shown(None, outputs, episode.query.y)
 

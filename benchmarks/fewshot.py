@@ -1,0 +1,268 @@
+"""MAML's meta-gradient by `fmeta.fewshot` beside `higher`, TorchOpt and learn2learn.
+
+Episodes per CPU second, and peak memory in a fresh process, of the gradient of the mean query loss
+with respect to the initial parameters: 5 inner steps of gradient descent, second and first order, 4
+and 32 tasks in a meta-batch. On sinusoids from 10 points (net 1-40-40-1, relu) and on 5-way 5-shot
+images (28x28, four blocks of convolution 3x3 with 32 filters, normalisation, relu, pooling). Then
+50 inner steps, plain and with ``checkpoint="sqrt"``. All ways are checked to give equal gradients
+before they are timed. Peers that are not installed are left out, and said to be.
+
+    python -m pip install higher torchopt learn2learn
+    python benchmarks/fewshot.py [--quick] [--compile] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import _timing
+import torch
+from torch import Tensor, nn
+
+from fmeta import fewshot
+
+STEPS, LONG = 5, 50
+LR = 0.01
+# Times the speed of the fastest peer, at 32 tasks: (bar, stretch).
+BARS = {"sinusoid": (6.0, 8.0), "cnn": (0.9, 1.2)}
+MEMORY_BAR = 1 / 5  # of 50 steps with "sqrt", over 50 steps without
+ORDERS = ("second", "first")
+
+Gradient = list[Tensor]  # in the order of net.parameters()
+Call = Callable[[], Gradient]
+
+
+class Problem(NamedTuple):
+    """A net and tasks for it.
+
+    Attributes:
+        net: the module whose parameters are the initialisation.
+        criterion: (output, target) -> scalar.
+        loss: its name in `fmeta.fewshot`.
+        support, query: pairs (x, y), leading dimension the tasks.
+    """
+
+    net: nn.Module
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    loss: str
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+    def num_tasks(self) -> int:
+        return self.support[0].shape[0]
+
+
+def sinusoid(num_tasks: int) -> Problem:
+    source = fewshot.sinusoid(shots=10, queries=10)
+    support, query, _ = fewshot.draw(source, [(0, i) for i in range(num_tasks)])
+    net = nn.Sequential(
+        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
+    )
+    return Problem(_seeded(net), nn.functional.mse_loss, "mse", tuple(support), tuple(query))
+
+
+def cnn(num_tasks: int, channels: int = 32, ways: int = 5, shots: int = 5) -> Problem:
+    g = torch.Generator().manual_seed(0)
+    blocks: list[nn.Module] = []
+    for inputs in (1, channels, channels, channels):
+        blocks += [
+            nn.Conv2d(inputs, channels, 3, padding=1),
+            nn.BatchNorm2d(channels, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels, ways))
+    prototypes = torch.randn(num_tasks, ways, 1, 28, 28, generator=g)
+
+    def images(each: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(ways).repeat_interleave(each).expand(num_tasks, -1)
+        x = prototypes.repeat_interleave(each, 1)
+        return x + 0.5 * torch.randn(x.shape, generator=g), y.contiguous()
+
+    criterion = nn.functional.cross_entropy
+    return Problem(_seeded(net), criterion, "cross_entropy", images(shots), images(shots))
+
+
+def _seeded(net: nn.Module) -> nn.Module:
+    g = torch.Generator().manual_seed(0)
+    for name, p in net.named_parameters():
+        if p.ndim > 1:
+            p.data = torch.randn(p.shape, generator=g) * math.sqrt(2 / p[0].numel())
+        elif name.endswith("bias"):  # and scales of normalisations stay 1
+            p.data = torch.randn(p.shape, generator=g) * 0.1
+    return net
+
+
+PROBLEMS = {"sinusoid": sinusoid, "cnn": cnn}
+
+
+def with_fmeta(problem: Problem, order: str, steps: int = STEPS, **options: Any) -> Call:
+    builder = {"second": fewshot.maml, "first": fewshot.first_order_maml}[order]
+    learner = builder(problem.net, lr=LR, num_steps=steps, loss=problem.loss, **options)
+    meta_params = learner.init()
+    episodes = fewshot.Episode(*(fewshot.Examples(*e) for e in (problem.support, problem.query)))
+
+    def gradient() -> Gradient:
+        grads = learner.estimate(meta_params, episodes).grads["model_params"]
+        return [grads[name] for name, _ in problem.net.named_parameters()]
+
+    return gradient
+
+
+def with_higher(problem: Problem, order: str, steps: int = STEPS) -> Call:
+    """As in its examples/maml-omniglot.py: task after task, each with a backward of its own.
+
+    Of first order by its recipe: gradients at the end, added as those of the start.
+    """
+    import higher
+
+    net, num_tasks = problem.net, problem.num_tasks()
+    inner = torch.optim.SGD(net.parameters(), lr=LR)
+
+    def gradient() -> Gradient:
+        net.zero_grad()
+        for i in range(num_tasks):
+            with higher.innerloop_ctx(
+                net, inner, copy_initial_weights=False, track_higher_grads=order == "second"
+            ) as (fnet, diffopt):
+                for _ in range(steps):
+                    loss = problem.criterion(fnet(problem.support[0][i]), problem.support[1][i])
+                    diffopt.step(loss)
+                query = problem.criterion(fnet(problem.query[0][i]), problem.query[1][i])
+                if order == "second":
+                    (query / num_tasks).backward()
+                    continue
+                grads = torch.autograd.grad(query / num_tasks, list(fnet.parameters()))
+                for p, g in zip(net.parameters(), grads, strict=True):
+                    p.grad = g if p.grad is None else p.grad + g
+        return [p.grad for p in net.parameters()]
+
+    return gradient
+
+
+def with_torchopt(problem: Problem, order: str, steps: int = STEPS) -> Call:
+    """As in its examples/few-shot/maml_omniglot.py: MetaSGD, task after task, one backward.
+
+    MetaSGD knows no first order; that is its functional rule on plain gradients.
+    """
+    import torchopt
+
+    net, num_tasks = problem.net, problem.num_tasks()
+    meta_params = list(net.parameters())
+    inner = torchopt.MetaSGD(net, lr=LR)
+    names = [name for name, _ in net.named_parameters()]
+
+    def second() -> Gradient:
+        for p in meta_params:
+            p.grad = None
+        losses = []
+        start = torchopt.extract_state_dict(net, by="reference", detach_buffers=True)
+        inner_start = torchopt.extract_state_dict(inner, by="reference")
+        for i in range(num_tasks):
+            for _ in range(steps):
+                inner.step(problem.criterion(net(problem.support[0][i]), problem.support[1][i]))
+            losses.append(problem.criterion(net(problem.query[0][i]), problem.query[1][i]))
+            torchopt.recover_state_dict(net, start)
+            torchopt.recover_state_dict(inner, inner_start)
+        torch.stack(losses).mean().backward()
+        return [p.grad for p in meta_params]
+
+    def first() -> Gradient:
+        losses = []
+        rule = torchopt.sgd(lr=LR)
+        for i in range(num_tasks):
+            params: tuple[Tensor, ...] = tuple(meta_params)
+            state = rule.init(params)
+
+            def output(x: Tensor, params: Any) -> Any:
+                return torch.func.functional_call(net, dict(zip(names, params, strict=True)), (x,))
+
+            for _ in range(steps):
+                loss = problem.criterion(
+                    output(problem.support[0][i], params), problem.support[1][i]
+                )
+                grads = torch.autograd.grad(loss, params)
+                updates, state = rule.update(grads, state, inplace=False)
+                params = torchopt.apply_updates(params, updates, inplace=False)
+            losses.append(
+                problem.criterion(output(problem.query[0][i], params), problem.query[1][i])
+            )
+        return list(torch.autograd.grad(torch.stack(losses).mean(), meta_params))
+
+    return second if order == "second" else first
+
+
+def with_torchopt_vmap(problem: Problem, order: str, steps: int = STEPS) -> Call:
+    """As in its examples/FuncTorch/maml_omniglot_vmap.py, with `torch.func` for functorch."""
+    import torchopt
+
+    net = problem.net
+    meta_params = dict(net.named_parameters())
+
+    def loss_fn(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        return problem.criterion(torch.func.functional_call(net, params, (x,)), y)
+
+    def task_loss(params: Any, support: Any, query: Any) -> Tensor:
+        inner = torchopt.sgd(lr=LR)
+        state = inner.init(params)
+        for _ in range(steps):
+            at = params
+            if order == "first":
+                at = {name: p.detach() for name, p in params.items()}
+            grads = torch.func.grad(loss_fn)(at, *support)
+            updates, state = inner.update(grads, state, inplace=False)
+            params = torchopt.apply_updates(params, updates, inplace=False)
+        return loss_fn(params, *query)
+
+    def gradient() -> Gradient:
+        net.zero_grad()
+        losses = torch.vmap(task_loss, in_dims=(None, 0, 0))(
+            meta_params, problem.support, problem.query
+        )
+        losses.mean().backward()
+        return [p.grad for p in meta_params.values()]
+
+    return gradient
+
+
+def with_learn2learn(problem: Problem, order: str, steps: int = STEPS) -> Call:
+    """As in its examples/vision/maml_omniglot.py: a clone for each task, a backward of its own."""
+    import learn2learn
+
+    net, num_tasks = problem.net, problem.num_tasks()
+    maml = learn2learn.algorithms.MAML(net, lr=LR, first_order=order == "first")
+
+    def gradient() -> Gradient:
+        net.zero_grad()
+        for i in range(num_tasks):
+            clone = maml.clone()
+            for _ in range(steps):
+                clone.adapt(
+                    problem.criterion(clone(problem.support[0][i]), problem.support[1][i])
+                )
+            query = problem.criterion(clone(problem.query[0][i]), problem.query[1][i])
+            (query / num_tasks).backward()
+        return [p.grad for p in net.parameters()]
+
+    return gradient
+
+
+PEERS = {
+    "higher": with_higher,
+    "TorchOpt": with_torchopt,
+    "TorchOpt, vmap": with_torchopt_vmap,
+    "learn2learn": with_learn2learn,
+}
+WAYS = {
+    **PEERS,
+    "fmeta": with_fmeta,
+    "fmeta, compiled": lambda *args: with_fmeta(*args, compile=True),
+}
