@@ -98,7 +98,7 @@ class FewShotConfig:
     test_episodes: int = 1000
     """Episodes of the final table."""
     baselines: bool = True
-    """Put nearest neighbours and training from scratch beside it in that table."""
+    """Put the untrained start, training from scratch and nearest neighbours into that table too."""
     resume: bool = False
     """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False

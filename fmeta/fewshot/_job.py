@@ -145,7 +145,7 @@ def _test(
 
     say(f"testing on {config.test_episodes} episodes of {source.name}, of unseen classes")
     found = {f"{config.learner}, meta-trained": score(learner, result.meta_params)}
-    if config.learner != "fine_tune":
+    if config.baselines and config.learner != "fine_tune":
         found[f"{config.learner}, untrained"] = score(learner, start)
     if config.baselines:
         scratch = from_scratch(
