@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.func import grad, jacrev
@@ -277,6 +278,41 @@ def test_returns_written_out():
     assert returns_to_go(values, 0.5, 1).tolist() == [2 + 0.5 * 4, 4, 0]
     assert returns_to_go(values, 0.5, 0).tolist() == [1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4]
     assert returns_to_go(values[:1], 1.0, 1).tolist() == [0]
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_returns_are_the_discounted_sums_of_what_is_to_come(discount, lag):
+    """Written as one matrix: row t has discount^(s - t - lag) from s = t + lag on, else zeros."""
+    values = torch.randn(6, 3, 2, generator=fmeta.random.fold_in(1), **DOUBLE)
+    ahead = torch.arange(6) - torch.arange(6)[:, None] - lag
+    matrix = torch.where(ahead >= 0, torch.tensor(discount, **DOUBLE) ** ahead.clamp_min(0), 0.0)
+    close(returns_to_go(values, discount, lag), torch.einsum("ts,s...->t...", matrix, values))
+
+
+def test_the_learned_baseline_is_the_least_squares_fit_to_earlier_estimates():
+    """Against NumPy's solver: rows of the estimate before the last count 0.9 times as much."""
+    generator = fmeta.random.fold_in(2)
+    losses, returns = torch.rand(2, 3, 5, 8, 2, generator=generator, **DOUBLE)
+    baseline = BASELINES["learned"]()
+    state = baseline.init(5)
+    for i in range(2):
+        state = baseline.estimate(state, losses[i], returns[i])[1]
+    got = baseline.estimate(state, losses[2], returns[2])[0]
+
+    left = (np.arange(5, 0, -1) / 5)[:, None, None] * np.ones((5, 8, 2))
+    features = [
+        np.stack([left**k * f for k in range(3) for f in (np.ones_like(x), x, np.arcsinh(x))], -1)
+        for x in losses.numpy()
+    ]
+    root = np.sqrt([0.9, 1.0])[:, None, None, None]
+    rows = (root[..., None] * np.stack(features[:2])).reshape(-1, 9)
+    wanted = (root * returns[:2].numpy()).reshape(-1)
+    # The ridge, a millionth of the features' mean square, as further rows whose answer is 0.
+    ridge = np.sqrt(1e-6 * np.square(rows).sum(0).mean()) * np.eye(9)
+    fit = np.linalg.lstsq(np.vstack([rows, ridge]), np.append(wanted, np.zeros(9)), rcond=None)[0]
+    close(got, torch.from_numpy(features[2] @ fit), 1e-8)
+    assert got.std() > 0.02
 
 
 @pytest.mark.parametrize("name", ["moving", "learned", "rollouts"])
