@@ -92,9 +92,8 @@ def _grads_loss_aux(fn: Any, n: int, *args: Tensor) -> tuple[Tensor, ...]:
         loss, *aux = fn(*params, *args[n:])
         return loss, (loss, *aux)
 
-    grads, (loss, *aux) = torch.func.grad(loss_and_aux, argnums=tuple(range(n)), has_aux=True)(
-        *args[:n]
-    )
+    value, pull, (loss, *aux) = torch.func.vjp(loss_and_aux, *args[:n], has_aux=True)
+    grads = _once(pull, value, torch.is_grad_enabled())
     seen = {id(x) for x in args}
     return (*grads, loss, *[x.view_as(x) if id(x) in seen else x for x in aux])
 
@@ -112,7 +111,7 @@ def _pull(
         first, tangents = _jvp_of_gradient(fn, n, wrt, args, v)
         totals = list(tangents)
     elif n in cotangents:
-        first = _gradient(fn, wrt, args)
+        first = _gradient(fn, wrt, args, torch.is_grad_enabled())
     if n in cotangents:
         totals = [_plus(t, cotangents[n] * g) for t, g in zip(totals, first, strict=True)]
     aux = [i for i in given if i > n]
@@ -126,23 +125,39 @@ def _pull(
     return tuple(t for t in totals if t is not None)
 
 
-def _gradient(fn: Any, wrt: tuple[int, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return torch.func.grad(
-        lambda *inputs: fn(*_filled(args, wrt, inputs))[0], argnums=tuple(range(len(wrt)))
-    )(*[args[i] for i in wrt])
+def _gradient(
+    fn: Any, wrt: tuple[int, ...], args: tuple[Tensor, ...], recording: bool
+) -> tuple[Tensor, ...]:
+    loss, pull = torch.func.vjp(
+        lambda *inputs: fn(*_filled(args, wrt, inputs))[0], *[args[i] for i in wrt]
+    )
+    return _once(pull, loss, recording)
+
+
+def _once(pull: Any, loss: Tensor, recording: bool) -> tuple[Tensor, ...]:
+    """The gradient of a loss by a `torch.func.vjp` that is not called again.
+
+    `torch.func.grad` would keep what the forward pass saved until its end, and a graph of its own
+    backward pass (pytorch issue 134612): about twice the memory.
+    """
+    found: tuple[Tensor, ...] = pull(
+        torch.ones_like(loss), retain_graph=recording, create_graph=recording
+    )
+    return found
 
 
 def _jvp_of_gradient(
     fn: Any, n: int, wrt: tuple[int, ...], args: tuple[Tensor, ...], v: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Gradient with respect to ``wrt``, and its derivative along v (in the first n arguments)."""
+    recording = torch.is_grad_enabled()
     floats = [i for i, x in enumerate(args) if _autodiff.is_differentiable(x)]
     # Some of torch's formulas (of mse_loss) fail where a tangent is missing: there the other
     # arguments get tangents of zeros, which costs more.
     for moved in (list(range(n)), floats):
 
         def at(*values: Tensor, moved: list[int] = moved) -> tuple[Tensor, ...]:
-            return _gradient(fn, wrt, tuple(_filled(args, tuple(moved), values)))
+            return _gradient(fn, wrt, tuple(_filled(args, tuple(moved), values)), recording)
 
         tangents = tuple(v[i] if i < n else torch.zeros_like(args[i]) for i in moved)
         try:
