@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._trace import Traced
+from fmeta._trace_gradient import TracedWithGradient
 from fmeta._unroll import InnerState, inner_step, unroll
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, extras_of_task, loss_of_task
@@ -30,15 +31,17 @@ def by_steps(
     chunk_size: int | None = None,
     trace: bool = False,
     compile: bool = False,
+    first_order: bool | str = False,
+    differentiated: bool = False,
 ) -> Advance:
-    """Step after step without a graph; with ``trace`` recorded once and replayed.
+    """Step after step; with ``trace`` recorded once and replayed, ``differentiated`` or not.
 
     A chunk of members makes all steps before the next one begins, so that what it works on stays
     in the cache.
     """
     loss_fn = loss_of_task(family)
     extras = extras_of_task(family, optimizer)
-    inner = inner_step(optimizer, loss_fn)
+    inner = inner_step(optimizer, loss_fn, first_order=first_order)
 
     def one(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batch: Tree, shown: Tree
@@ -60,7 +63,12 @@ def by_steps(
         return trees.map(lambda x: x[None], one(*trees.map(lambda x: x[0], args)))
 
     if trace or compile:
-        step = Traced(step, compile=compile)
+        # Of opt_params, params and hidden.
+        step = (
+            TracedWithGradient(step, 3, compile=compile)
+            if differentiated
+            else Traced(step, compile=compile)
+        )
 
     def advance_chunk(
         opt_params: Tree, params: Tree, hidden: Tree, config: Tree, batches: Tree, shown: Tree

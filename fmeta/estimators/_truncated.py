@@ -12,7 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
 from fmeta.distributed import Ranks, Share
-from fmeta.estimators._advance import by_unroll
+from fmeta.estimators._advance import by_steps, by_unroll
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -86,6 +86,7 @@ def truncated(
     checkpoint: str | int | None = None,
     mixed_mode: bool = False,
     chunk_size: int | None = None,
+    compile: bool = False,
     ranks: Ranks | None = None,
 ) -> Estimator:
     """Meta-gradient through a truncation of K steps of trainings that go on between estimates.
@@ -118,6 +119,9 @@ def truncated(
             late steps of untrained models in the first estimates. False: all begin at 0.
         first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
         chunk_size: tasks whose steps are made together, as in `torch.vmap`; None: all.
+        compile: the inner step and its derivative are recorded and compiled, once for each family
+            (and again in each process), after a minute or more; equal to rounding only. For pure
+            functions of tensors; not with ``checkpoint`` or ``mixed_mode``.
         ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone.
 
     Returns:
@@ -127,7 +131,8 @@ def truncated(
 
     Raises:
         ValueError: numbers below 1, an optimizer that needs what the family's ``extras`` do not
-            give, fewer tasks than families; later, a ``meta_loss`` of another shape, and options
+            give, fewer tasks than families, ``compile`` with ``checkpoint`` or ``mixed_mode``;
+            later, a ``meta_loss`` of another shape, and options
             that `fmeta.unroll` refuses.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
@@ -139,16 +144,21 @@ def truncated(
     check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
     check_horizon(horizon)
 
+    if compile and (checkpoint is not None or mixed_mode):
+        raise ValueError("compile=True goes with neither checkpoint nor mixed_mode: leave one out")
+
     def build(family: TaskFamily, share: Share) -> Estimator:
-        advance = by_unroll(
-            optimizer,
-            family,
-            evaluate=eval_split is not None,
-            chunk_size=chunk_size,
-            first_order=first_order,
-            checkpoint=checkpoint,
-            mixed_mode=mixed_mode,
-        )
+        common: Any = {
+            "evaluate": eval_split is not None,
+            "chunk_size": chunk_size,
+            "first_order": first_order,
+        }
+        if compile:
+            advance = by_steps(optimizer, family, **common, compile=True, differentiated=True)
+        else:
+            advance = by_unroll(
+                optimizer, family, **common, checkpoint=checkpoint, mixed_mode=mixed_mode
+            )
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         mine = share.worked_on
         draws = Draws(

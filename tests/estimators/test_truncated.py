@@ -264,3 +264,37 @@ def test_a_training_keeps_the_horizon_it_was_given_and_the_next_gets_its_own():
             assert known.setdefault(tuple(name), horizon) == horizon
             ends.add((name[2], horizon))
     assert len(ends) > 4  # two of the three tasks have had both at least
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunk_size": 2},
+        {"eval_split": "validation", "horizon": [4, 7]},
+        {"first_order": "gradients"},
+        {"num_tasks": 1},
+        {"bind": lambda meta, config: (meta, {"w": meta["lr"].expand(3) + config["id"]})},
+    ],
+    ids=["plain", "chunks", "evaluated", "first order", "alone", "bound"],
+)
+def test_compiled_steps_have_the_same_gradients(options, monkeypatch):
+    # All but the compiler itself, whose turn is in the slow test below.
+    monkeypatch.setattr(torch, "compile", lambda module, **kwargs: module)
+    got, want = (estimates(build(**options, compile=c), 3) for c in (True, False))
+    for a, b in zip(got, want, strict=True):
+        close(a.loss, b.loss)
+        close(a.grads, b.grads)
+        close(a.metrics["losses"], b.metrics["losses"])
+
+
+@pytest.mark.slow
+def test_compiled_estimates_are_equal_to_rounding():
+    got, want = (estimates(build(compile=c), 3) for c in (True, False))
+    close([x.grads for x in got], [x.grads for x in want])
+
+
+@pytest.mark.parametrize("options", [{"checkpoint": "sqrt"}, {"mixed_mode": True}])
+def test_compiled_steps_are_not_checkpointed(options):
+    with pytest.raises(ValueError, match="neither checkpoint nor mixed_mode"):
+        build(compile=True, **options)
