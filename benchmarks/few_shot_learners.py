@@ -37,7 +37,7 @@ def run(learner: str, args: argparse.Namespace) -> dict[str, Any]:
         name=learner,
         outer_steps=args.outer_steps,
         patience=None,
-        baselines=learner == args.learners[0],
+        baselines=learner == "maml",
         resume=(args.folder / learner).exists(),
         smoke=args.quick,
     )

@@ -28,7 +28,7 @@ Tree = Any
 
 
 def from_scratch(
-    network: Any, *, num_steps: int = 50, optimizer: Optimizer | None = None, **options: Any
+    network: Any, *, num_steps: int = 20, optimizer: Optimizer | None = None, **options: Any
 ) -> MetaLearner:
     """A network trained on the support set alone, from random initial parameters.
 
@@ -37,10 +37,12 @@ def from_scratch(
     Args:
         network: an ``nn.Module``, or a `Model` such as `conv4`.
         num_steps: steps on the whole support set.
-        optimizer: default Adam at 0.001.
+        optimizer: default Adam at 0.01. With the default steps it is the best of Adam at 0.001, 0.003
+            and 0.01 and gradient descent at 0.1 and 0.5 with 10 and 20 steps, on validation
+            episodes of `glyphs` with `conv4`.
         **options: of `gradient_based`.
     """
-    rule = adam(1e-3) if optimizer is None else optimizer
+    rule = adam(1e-2) if optimizer is None else optimizer
     return gradient_based(network, rule, num_steps=num_steps, first_order=True, **options)
 
 
