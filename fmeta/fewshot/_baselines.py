@@ -37,7 +37,7 @@ def from_scratch(
     Args:
         network: an ``nn.Module``, or a `Model` such as `conv4`.
         num_steps: steps on the whole support set.
-        optimizer: default Adam at 0.01. With the default steps it is the best of Adam at 0.001, 0.003
+        optimizer: default Adam at 0.01: with the default steps the best of Adam at 0.001, 0.003
             and 0.01 and gradient descent at 0.1 and 0.5 with 10 and 20 steps, on validation
             episodes of `glyphs` with `conv4`.
         **options: of `gradient_based`.
