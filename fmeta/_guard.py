@@ -134,7 +134,8 @@ class _Refuse(TorchFunctionMode):
         """Whether x carries a derivative or a batch dimension of a transform around the probe."""
         while True:
             wrapped = _functorch.is_functorch_wrapped_tensor(x)
-            if _functorch.maybe_get_level(x) <= self.depth:
+            # -2 is a transform that is over: torch.func.vjp, whose second half is still to come.
+            if _functorch.maybe_get_level(x) <= self.depth and _functorch.maybe_get_level(x) != -2:
                 if _functorch.is_batchedtensor(x):
                     return True
                 if x.requires_grad and (wrapped or self.recording):

@@ -21,6 +21,8 @@ from fmeta._remat import _filled, _Remat, pulled_back
 
 __all__ = ["mixed_grad_and_value"]
 
+_vjp: Any = torch.func.vjp  # its types know nothing of has_aux
+
 
 def mixed_grad_and_value(
     fn: Callable[..., tuple[Tensor, Any]], params: Any, *args: Any
@@ -92,7 +94,7 @@ def _grads_loss_aux(fn: Any, n: int, *args: Tensor) -> tuple[Tensor, ...]:
         loss, *aux = fn(*params, *args[n:])
         return loss, (loss, *aux)
 
-    value, pull, (loss, *aux) = torch.func.vjp(loss_and_aux, *args[:n], has_aux=True)
+    value, pull, (loss, *aux) = _vjp(loss_and_aux, *args[:n], has_aux=True)
     grads = _once(pull, value, torch.is_grad_enabled())
     seen = {id(x) for x in args}
     return (*grads, loss, *[x.view_as(x) if id(x) in seen else x for x in aux])
@@ -128,9 +130,7 @@ def _pull(
 def _gradient(
     fn: Any, wrt: tuple[int, ...], args: tuple[Tensor, ...], recording: bool
 ) -> tuple[Tensor, ...]:
-    loss, pull = torch.func.vjp(
-        lambda *inputs: fn(*_filled(args, wrt, inputs))[0], *[args[i] for i in wrt]
-    )
+    loss, pull = _vjp(lambda *inputs: fn(*_filled(args, wrt, inputs))[0], *[args[i] for i in wrt])
     return _once(pull, loss, recording)
 
 

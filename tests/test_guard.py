@@ -354,3 +354,16 @@ def test_an_error_in_the_body_comes_through_as_it_is():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         scanned(step)
+
+
+def test_a_step_may_take_a_vjp_of_its_own():
+    def body(carry, x):
+        value, pull = torch.func.vjp(lambda c: (c * x).sin(), carry)
+        return pull(torch.ones_like(value))[0], value
+
+    carry = torch.tensor(0.3, dtype=torch.float64)
+    xs = torch.tensor([0.5, 1.5, 2.0, 3.0], dtype=torch.float64)
+    last = lambda c, **options: fmeta.scan(body, c, xs, **options)[0]
+    torch.testing.assert_close(
+        torch.func.grad(lambda c: last(c, checkpoint="sqrt"))(carry), torch.func.grad(last)(carry)
+    )
