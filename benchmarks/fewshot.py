@@ -8,7 +8,7 @@ images (28x28, four blocks of convolution 3x3 with 32 filters, normalisation, re
 before they are timed. Peers that are not installed are left out, and said to be.
 
     python -m pip install higher torchopt learn2learn
-    python benchmarks/fewshot.py [--quick] [--compile] [--json PATH]
+    python benchmarks/fewshot.py [--problems sinusoid cnn] [--compile] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
 import importlib.util
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _timing
@@ -63,9 +65,7 @@ class Problem(NamedTuple):
 def sinusoid(num_tasks: int) -> Problem:
     source = fewshot.sinusoid(shots=10, queries=10)
     support, query, _ = fewshot.draw(source, [(0, i) for i in range(num_tasks)])
-    net = nn.Sequential(
-        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
-    )
+    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     return Problem(_seeded(net), nn.functional.mse_loss, "mse", tuple(support), tuple(query))
 
 
@@ -245,9 +245,7 @@ def with_learn2learn(problem: Problem, order: str, steps: int = STEPS) -> Call:
         for i in range(num_tasks):
             clone = maml.clone()
             for _ in range(steps):
-                clone.adapt(
-                    problem.criterion(clone(problem.support[0][i]), problem.support[1][i])
-                )
+                clone.adapt(problem.criterion(clone(problem.support[0][i]), problem.support[1][i]))
             query = problem.criterion(clone(problem.query[0][i]), problem.query[1][i])
             (query / num_tasks).backward()
         return [p.grad for p in net.parameters()]
@@ -266,3 +264,155 @@ WAYS = {
     "fmeta": with_fmeta,
     "fmeta, compiled": lambda *args: with_fmeta(*args, compile=True),
 }
+
+
+def warm_and_call(
+    way: str, problem: str, order: str, num_tasks: int, steps: int, checkpoint: str | None = None
+) -> tuple[Call, Call]:
+    """For `_timing.peak_memory`: one task and one step first, then the real thing."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    def call(num_tasks: int, steps: int) -> Call:
+        if way == "fmeta":
+            return with_fmeta(PROBLEMS[problem](num_tasks), order, steps, checkpoint=checkpoint)
+        return WAYS[way](PROBLEMS[problem](num_tasks), order, steps)
+
+    return call(2, 1), call(num_tasks, steps)
+
+
+def compare(name: str, order: str, num_tasks: int, ways: list[str], rounds: int) -> list[Any]:
+    """Rows of one problem, order and number of tasks; the ways take turns."""
+    problem = PROBLEMS[name](num_tasks)
+    calls = {way: WAYS[way](problem, order) for way in ways}
+    check_equal(calls)
+    if name == "sinusoid":
+        for _ in range(30):  # after which the operations are recorded
+            calls["fmeta"]()
+    seconds = _timing.median_times(calls, rounds, warmup=1 if name == "sinusoid" else 0)
+    loops = [s for way, s in seconds.items() if way in PEERS and "vmap" not in way]
+    batched = [s for way, s in seconds.items() if way in PEERS]
+    return [
+        {
+            "problem": name,
+            "order": order,
+            "tasks": num_tasks,
+            "way": way,
+            "CPU ms": 1e3 * s,
+            "episodes / CPU s": num_tasks / s,
+            "speed / fastest loop": min(loops) / s,
+            "speed / fastest peer": min(batched) / s,
+            "peak MB": _timing.peak_memory("fewshot", "warm_and_call", way, *case) / _timing.MB,
+        }
+        for way, s in seconds.items()
+        for case in [(name, order, num_tasks, STEPS)]
+    ]
+
+
+def many_steps(name: str, num_tasks: int, steps: int) -> list[dict[str, Any]]:
+    """Peak memory of many inner steps of second order with and without a checkpoint."""
+    problem = PROBLEMS[name](num_tasks)
+    plain, sqrt = (
+        with_fmeta(problem, "second", steps, checkpoint=checkpoint) for checkpoint in (None, "sqrt")
+    )
+    check_equal({"plain": plain, "sqrt": sqrt})
+    seconds = _timing.median_times({"None": plain, "sqrt": sqrt}, 1, warmup=0)
+    memory = {
+        c: _timing.peak_memory(
+            "fewshot", "warm_and_call", "fmeta", name, "second", num_tasks, steps, c
+        )
+        for c in (None, "sqrt")
+    }
+    return [
+        {
+            "problem": name,
+            "tasks": num_tasks,
+            "inner steps": steps,
+            "checkpoint": str(c),
+            "CPU s": seconds[str(c)],
+            "peak MB": memory[c] / _timing.MB,
+            "memory / plain": f"1/{memory[None] / memory[c]:.1f}",
+        }
+        for c in (None, "sqrt")
+    ]
+
+
+def check_equal(calls: dict[str, Call]) -> None:
+    """Raises an AssertionError unless all gradients are equal to 1e-4 of their largest number."""
+    # Of all leaves together: a bias before a normalisation has no gradient but by rounding.
+    first, *others = [(way, [g.clone() for g in call()]) for way, call in calls.items()]
+    scale = max(float(g.abs().max()) for g in first[1])
+    for way, gradient in others:
+        for i, (a, b) in enumerate(zip(gradient, first[1], strict=True)):
+            torch.testing.assert_close(
+                a, b, rtol=0, atol=1e-4 * scale, msg=lambda m, w=way, i=i: f"{w}, {i}: {m}"
+            )
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """What the bars say of the rows with 32 tasks, second order."""
+    found = []
+    for row in rows:
+        if row["tasks"] == 32 and row["order"] == "second" and row["way"].startswith("fmeta"):
+            bar, stretch = BARS[row["problem"]]
+            for beside in ("loop", "peer"):
+                speed = row[f"speed / fastest {beside}"]
+                verdict = (
+                    "stretch met" if speed >= stretch else "met" if speed >= bar else "not met"
+                )
+                found.append(
+                    f"{row['problem']}, {row['way']}: {speed:.2f} times the fastest {beside} (bar "
+                    f"{bar}, stretch {stretch}): {verdict}"
+                )
+    return found
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the peers'
+    options = arguments()
+    torch.set_num_threads(1)
+    modules = {"higher": "higher", "learn2learn": "learn2learn"}
+    missing = [w for w in PEERS if importlib.util.find_spec(modules.get(w, "torchopt")) is None]
+    ways = [w for w in PEERS if w not in missing] + ["fmeta"]
+    if len(ways) == 1:
+        raise SystemExit("no peer is installed: python -m pip install higher torchopt")
+    if options.compile:
+        ways.append("fmeta, compiled")
+    rounds = {"sinusoid": 3 if options.quick else 21, "cnn": 1 if options.quick else 3}
+    rows, long = [], []
+    for name in options.problems:
+        for num_tasks in (2,) if options.quick else (4, 32):
+            for order in ORDERS:
+                turns = max(1, rounds[name] // (3 if name == "cnn" and num_tasks == 32 else 1))
+                rows += compare(name, order, num_tasks, ways, turns)
+                print(_timing.table(rows[-len(ways) :]), flush=True)
+        tasks, steps = (2, 8) if options.quick else (4 if name == "cnn" else 32, LONG)
+        long += many_steps(name, tasks, steps)
+    print(f"\n{STEPS} inner steps; not installed: {', '.join(missing) or 'none'}\n")
+    print(_timing.table(rows))
+    print("\n" + "\n".join(verdicts(rows)) + "\n")
+    print(_timing.table(long))
+    print(f'\nbar of "sqrt" at {LONG} steps: {MEMORY_BAR} of the memory')
+    _timing.finish(
+        options.json,
+        {
+            "benchmark": "fewshot",
+            "environment": _timing.environment("higher", "torchopt", "learn2learn"),
+            "results": rows,
+            "many steps": long,
+        },
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument(
+        "--compile", action="store_true", help="fmeta compiled, too: minutes of compilation"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
