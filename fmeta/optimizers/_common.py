@@ -35,7 +35,13 @@ def ema(average: Tensor, value: Tensor, beta: Any, out: Tensor | None = None) ->
 
 def one_minus(decay: float) -> float:
     """``1 - decay`` as float32 has it, 1.7e-4 off at 0.9999: what references were trained with."""
-    return float(1 - torch.tensor(decay, dtype=torch.float32))
+    return _rounded(1 - _rounded(decay))
+
+
+def _rounded(x: float) -> float:
+    """To the 24 bits of a float32 (Veltkamp's splitting); a tensor would break a compiled graph."""
+    wide = x * (2.0**29 + 1)
+    return wide - (wide - x)
 
 
 def bias_corrections(betas: tuple[Any, Any], steps: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import fmeta
 from fmeta import trees
 from fmeta._leafwise import consuming_update
 from fmeta.optimizers import mlp
+from fmeta.optimizers._common import one_minus
 from fmeta.random import fold_in
 
 LOUD = {"hidden_size": 6, "exp_mult": 0.1, "step_mult": 0.1}
@@ -128,3 +129,8 @@ def test_a_batch_equals_a_loop_with_tiny_tiles():
 def test_senseless_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         mlp(**arguments)
+
+
+def test_weights_of_the_averages_are_those_of_float32():
+    for decay in (0.0, 0.1, 0.3, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999, 1.0):
+        assert one_minus(decay) == float(1 - torch.tensor(decay))

@@ -58,6 +58,7 @@ def trained(kit, rule, how, counting=None, **options):
         ("adam", "outside"),
         ("lstm", "option"),
         ("normalized_mlp", "outside"),
+        ("adafactor_mlp", "option"),
         ("basis_mlp", "option"),
     ],
 )
