@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
@@ -19,6 +21,9 @@ from fmeta.random import fold_in
 __all__ = ["Read", "snail"]
 
 Tree = Any
+
+_SURE = 4.0  # log odds of the class of a support example that a query equals, before training
+_LABELLED = 4.0  # by how much the first attention prefers rows with labels, before training
 
 
 class Read(NamedTuple):
@@ -55,12 +60,17 @@ def snail(
     the answer is an affine map of the last position. Nothing looks ahead: ``adapt`` reads the
     support set once, and each query is answered as if it alone came next.
 
+    Before training it is a soft nearest neighbour among the features: the first attention compares
+    them and reads labels, the last map answers with what was read, and all else begins at no say in
+    it. From random weights a network of this kind first learns for long that labels are to be read.
+
     The order of the support examples matters. In a fixed order (class 0 first, ...) places would
     tell labels and the labels themselves would not be read: give them mixed, as all sources do.
 
     Args:
         network: makes the features: an ``nn.Module``, a `Model` without a last layer such as
-            ``conv4(ways=None)``, or None: the inputs, flattened.
+            ``conv4(ways=None)``, whose features are brought to mean 0 and variance 1 in each
+            example; or None: the inputs as they are, flattened.
         num_outputs: ways, or numbers in a target.
         num_support: examples in the support sets of meta-training; the convolutions reach that far
             back. Other numbers of them are read as well.
@@ -76,8 +86,8 @@ def snail(
         takes no steps and gives a `Read`.
 
     Raises:
-        ValueError: numbers below 1; a network that does not tell its features; steps asked for;
-            targets of another size.
+        ValueError: numbers below 1; no attention; a network that does not tell its features; steps
+            asked for; targets of another size.
         TypeError: no network.
 
     Reference:
@@ -91,6 +101,8 @@ def snail(
         filters=filters,
         chunk_size=chunk_size,
     )
+    if not attends:
+        raise ValueError("attends is empty: labels are read by attention, give (keys, values)")
     for keys, values in attends:
         check_sizes(key_size=keys, value_size=values)
     check_batch_norm(batch_norm)
@@ -100,22 +112,34 @@ def snail(
         raise ValueError("snail must know how many features a network makes: num_features=")
     sequence = _reader(known + num_outputs, num_outputs, num_support + 1, filters, attends)
     score = loss_named(loss)
+    gain = _SURE if loss == "cross_entropy" else 1.0
 
     def init(generator: torch.Generator | None = None) -> Tree:
         generator = fold_in(0) if generator is None else generator
-        return {"model_params": model.init(generator), "sequence": sequence.init(generator)}
+        params = model.init(generator)
+        random = sequence.init(generator)
+        return {
+            "model_params": params,
+            "sequence": _as_neighbours(random, known, num_outputs, *attends[0], gain),
+        }
+
+    def features_of(meta_params: Tree, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
+        features, seen = model.apply(meta_params["model_params"], x, stats)
+        if network is not None:
+            features = F.layer_norm(features, features.shape[-1:])
+        return features, seen
 
     def adapt(meta_params: Tree, support: Any, *, num_steps: int | None = None) -> Read:
         if num_steps:
             raise ValueError("snail takes no steps: leave out num_steps")
         x, y = check_examples(support, "the support set")
-        features, stats = model.apply(meta_params["model_params"], x)
+        features, stats = features_of(meta_params, x)
         rows = torch.cat([features, _as_numbers(y, num_outputs, features.dtype)], -1)
         _, kept = sequence.over(meta_params["sequence"], rows)
         return Read(meta_params, kept, stats if batch_norm == "support" else ())
 
     def predict(adapted: Read, query_x: Tensor) -> Tensor:
-        features, _ = model.apply(adapted.params["model_params"], query_x, adapted.stats)
+        features, _ = features_of(adapted.params, query_x, adapted.stats)
         rows = torch.cat([features, features.new_zeros(len(features), num_outputs)], -1)
         return sequence.after(adapted.params["sequence"], adapted.kept, rows)
 
@@ -147,6 +171,29 @@ def _reader(
         blocks.append(attention(f"attention{i}", width(), key_size, value_size))
     blocks.append(to_outputs("outputs", width(), num_outputs))
     return chain(blocks, num_inputs)
+
+
+def _as_neighbours(
+    params: Tree, num_features: int, num_outputs: int, key_size: int, value_size: int, gain: float
+) -> Tree:
+    """The weights, those of a soft nearest neighbour in the first attention and the last map.
+
+    Keys and queries are of the features alone, but for their first number, which says that a key
+    has a label: else a row would read itself before all others. Labels are copied into the first
+    numbers of the values, and these, times ``gain``, are the outputs.
+    """
+    w, b = params["attention0.w"].clone(), params["attention0.b"].clone()
+    labels = slice(num_features, num_features + num_outputs)
+    copied = torch.eye(num_outputs, value_size)
+    w[labels, : 2 * key_size] = 0
+    w[:, [0, key_size]] = 0
+    w[labels, 0] = b[key_size] = math.sqrt(_LABELLED * math.sqrt(key_size))
+    w[:, 2 * key_size :][:, :num_outputs] = 0
+    w[labels, 2 * key_size :] = copied
+    last = torch.zeros_like(params["outputs.w"])
+    read = num_features + num_outputs
+    last[read : read + value_size] = gain * copied.T
+    return {**params, "attention0.w": w, "attention0.b": b, "outputs.w": last}
 
 
 def _flattened(num_features: int | None) -> Model:

@@ -98,10 +98,9 @@ def test_predictions_are_those_of_the_whole_sequence_in_numpy():
     net = {k: v.numpy() for k, v in meta_params["model_params"].items()}
 
     def features(x):
-        return (
-            np.tanh(x.numpy() @ net["0.weight"].T + net["0.bias"]) @ net["2.weight"].T
-            + (net["2.bias"])
-        )
+        h = np.tanh(x.numpy() @ net["0.weight"].T + net["0.bias"])
+        f = h @ net["2.weight"].T + net["2.bias"]
+        return (f - f.mean(1, keepdims=True)) / np.sqrt(f.var(1, keepdims=True) + 1e-5)
 
     program = Program(meta_params["sequence"], WAYS * SHOTS + 1)
     labels = np.eye(WAYS)[episode.support.y.numpy()]
@@ -222,6 +221,7 @@ def test_sources_mix_the_order_so_that_places_tell_no_labels():
     [
         (lambda: fewshot.snail(None, 3, 6), "num_features="),
         (lambda: fewshot.snail(torch.nn.Linear(4, 5), 3, 6), "num_features="),
+        (lambda: learner(attends=()), "attends is empty"),
         (lambda: learner(filters=0), "filters must be at least 1"),
         (lambda: learner(attends=((4, 0),)), "value_size must be at least 1"),
         (lambda: fewshot.snail(None, 3, 0, num_features=1), "num_support must be at least 1"),
@@ -260,3 +260,28 @@ def test_it_learns_to_tell_classes_that_it_never_saw():
     )
     scores = fewshot.evaluate(found, result.meta_params, source, num_episodes=100)
     assert scores.accuracy()[0] > 0.75
+
+
+@pytest.mark.parametrize(("loss", "gain"), [("cross_entropy", 4.0), ("mse", 1.0)])
+def test_before_training_it_is_a_soft_nearest_neighbour(loss, gain):
+    """Equal keys and queries of the features; a row without label counts e^-4 as much."""
+    found = fewshot.snail(None, 3, 5, loss=loss, **sizes(num_features=2, attends=((9, 4), (3, 2))))
+    meta_params = trees.map(torch.Tensor.double, found.init(fold_in(1)))
+    w = meta_params["sequence"]["attention0.w"][:2, 1:9]
+    assert w.abs().min() > 1e-3
+    x, query = normal(2, 5, 2), normal(3, 4, 2)
+    y = torch.tensor([0, 2, 1, 1, 0])
+    known, asked = x @ w, query @ w
+    near = (asked @ known.T / 3 + 4).exp()
+    itself = (asked.square().sum(1) / 3).exp()
+    want = gain * (near @ torch.eye(3).double()[y]) / (near.sum(1) + itself)[:, None]
+    got = found.predict(found.adapt(meta_params, (x, y)), query)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # the start is float32
+
+
+def test_values_too_small_for_all_labels_start_with_some():
+    found = fewshot.snail(None, 5, 5, **sizes(num_features=2, attends=((4, 3),)))
+    adapted = found.adapt(found.init(), (torch.ones(5, 2), torch.arange(5)))
+    outputs = found.predict(adapted, torch.ones(1, 2))
+    assert (outputs[0, :3] > 0).all()
+    assert (outputs[0, 3:] == 0).all()
