@@ -23,16 +23,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["arguments", "environment", "finish", "median_times", "peak_memory", "table"]
+__all__ = [
+    "arguments",
+    "environment",
+    "finish",
+    "measured",
+    "median_times",
+    "one_thread",
+    "peak_memory",
+    "table",
+]
 
 MB = 1e6
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str | None, *parts: str) -> argparse.Namespace:
+    """The options every benchmark has, and a flag for each part that is asked for by name."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
+    chosen = parser.add_mutually_exclusive_group()
+    for part in parts:
+        chosen.add_argument(f"--{part}", action="store_true", help="this part (see above)")
     return parser.parse_args()
 
 
@@ -72,17 +86,19 @@ def peak_memory(module: str, function: str, *args: Any, repeats: int = 1) -> flo
     command = [sys.executable, __file__, module, function, json.dumps(args)]
     found = []
     for _ in range(repeats):
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=_one_thread())
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
         found.append(float(done.stdout.split()[-1]))
     return statistics.median(found)
 
 
-def _one_thread() -> dict[str, str]:
+def one_thread() -> dict[str, str]:
+    """Environment of a process whose memory is measured."""
     # Freed blocks go back to the system at once, or one that was freed long ago would count.
     return {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def _measure(warm_up: Callable[[], Any], call: Callable[[], Any]) -> float:
+def measured(warm_up: Callable[[], Any], call: Callable[[], Any]) -> float:
+    """Bytes by which ``call()`` raises the resident memory of this process, after ``warm_up()``."""
     warm_up()
     gc.collect()
     if sys.platform == "linux":
@@ -148,4 +164,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     name, function, given = sys.argv[1:]
-    print(_measure(*getattr(importlib.import_module(name), function)(*json.loads(given))))
+    print(measured(*getattr(importlib.import_module(name), function)(*json.loads(given))))

@@ -1,12 +1,17 @@
-"""A language model of 20 million parameters, meta-trained by second order within 8 GiB.
+"""What an unroll of a language model holds: within 8 GiB, in mixed mode, and as planned.
 
+By default: a language model of 20 million parameters, meta-trained by second order within 8 GiB.
 100 inner steps of a decoder-only transformer, in which a learned rule updates every parameter; the
 meta-gradient is that of the mean loss with respect to the rule's weights, exact (second order).
 Each rule runs in a process of its own, whose peak of resident memory is printed: all of it, with
 interpreter and libraries. What makes it fit: binomial checkpointing (``checkpoint=``), the model's
 gradient recomputed (``recompute="gradient"``) and the rule in chunks (`fmeta.chunked`).
 
-    python benchmarks/memory.py [--quick] [--json PATH]
+``--mixed``: smaller language models under ``checkpoint="sqrt"``, plain, in mixed mode and with other
+recomputation; resident memory beyond what a short unroll left, and CPU time, each in a process of
+its own. ``--plan``: what `fmeta.plan_memory` says beside such a measurement.
+
+    python benchmarks/memory.py [--mixed | --plan] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -20,8 +25,11 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import _mixed_mode
+import _planned_memory
 import _timing
 import torch
 from _language_model import language_model
@@ -87,13 +95,43 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def in_process(what: str, *arguments: Any) -> dict[str, Any]:
+    """The result of one of `MEASURES` in a fresh process."""
+    command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments])]
+    # The rules of 20 million parameters run as anything does, the others where memory that was
+    # freed goes back to the system at once.
+    env = dict(os.environ) if what == "rule" else _timing.one_thread()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+MEASURES = {
+    "rule": measure,
+    "mixed": _mixed_mode.measure,
+    "plan": _planned_memory.measure,
+}
+
+
 def main() -> None:
-    options = _timing.arguments(__doc__)
+    options = _timing.arguments(__doc__, "mixed", "plan")
+    name, run = "memory", rules
+    if options.mixed:
+        name, run = "memory --mixed", _mixed_mode.compare
+    elif options.plan:
+        name, run = "memory --plan", _planned_memory.compare
+    results = run(in_process, options.quick)
+    _timing.finish(
+        options.json,
+        {"benchmark": name, "environment": _timing.environment(), "results": results},
+    )
+
+
+def rules(in_process: Callable[..., dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+    """The language model of 20 million parameters."""
     results, rows = [], []
     for name in RULES:
-        command = [sys.executable, __file__, "--measure", name, str(int(options.quick))]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        found = json.loads(done.stdout)
+        found = in_process("rule", name, quick)
         results.append(found)
         rows.append(
             {
@@ -106,20 +144,18 @@ def main() -> None:
                 "of it forward": found["forward"],
                 "loss": f"{found['first loss']:.2f} to {found['last loss']:.2f}",
                 "|meta-gradient|": found["gradient"],
-                "verdict": "" if options.quick else ("bar met" if found["peak"] <= BAR else "no"),
+                "verdict": "" if quick else ("bar met" if found["peak"] <= BAR else "no"),
             }
         )
         print(f"{name}: {found['peak'] / GIB:.2f} GiB, {found['seconds']:.0f} s", flush=True)
     print("second order, every parameter updated by the rule; bar: 8 GiB resident, all told")
     print(_timing.table(rows))
-    _timing.finish(
-        options.json,
-        {"benchmark": "memory", "environment": _timing.environment(), "results": results},
-    )
+    return results
 
 
 if __name__ == "__main__":
     if "--measure" in sys.argv:
-        print(json.dumps(measure(sys.argv[-2], bool(int(sys.argv[-1])))))
+        what, *arguments = json.loads(sys.argv[-1])
+        print(json.dumps(MEASURES[what](*arguments)))
     else:
         main()

@@ -1,0 +1,130 @@
+"""Where `mixed_mode` pays: a language model under several ways of saving memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import _timing
+import torch
+from _language_model import language_model
+
+import fmeta
+from fmeta import trees
+
+__all__ = ["compare", "measure"]
+
+BAR = {"memory": 1 / 2, "time": 1.3}
+STRETCH = {"memory": 1 / 3, "time": 1.2}
+_MODEL = {"vocabulary": 512, "width": 128, "blocks": 4}
+# Sizes of the model, sequences of a batch, inner steps.
+SHAPES: dict[str, dict[str, int]] = {
+    "many tokens": {**_MODEL, "length": 64, "batch": 16, "steps": 64},
+    "long sequences": {**_MODEL, "length": 256, "batch": 2, "steps": 36},
+    "few tokens": {**_MODEL, "width": 256, "length": 32, "batch": 2, "steps": 36},
+}
+# Options of `unroll`; "blocks": each block of the model goes through `fmeta.recomputed`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed_mode": {"mixed_mode": True},
+    "mixed_mode, recomputed blocks": {"mixed_mode": True, "blocks": True},
+    'recompute="gradient"': {"recompute": "gradient"},
+    "recomputed blocks": {"blocks": True},
+}
+_QUICK_STEPS = 9
+
+
+def measure(shape: str, variant: str, quick: bool = False) -> dict[str, Any]:
+    """The meta-gradient of one variant, in this process: bytes beyond those before it, CPU time.
+
+    The rule is Adam with learned rates; gradient with respect to them and to the first parameters.
+    """
+    torch.set_num_threads(1)
+    sizes = dict(SHAPES[shape])
+    steps, batch = sizes.pop("steps"), sizes.pop("batch")
+    if quick:
+        steps = _QUICK_STEPS
+    options = dict(VARIANTS[variant])
+    wrap = _recomputed if options.pop("blocks", False) else (lambda block: block)
+    generator = torch.Generator().manual_seed(0)
+    params, loss_fn = language_model(**sizes, generator=generator, wrap=wrap)
+    tokens = torch.randint(
+        sizes["vocabulary"], (steps, batch, sizes["length"] + 1), generator=generator
+    )
+    rule = fmeta.learn(fmeta.optimizers.adam, {"lr": "log", "betas": "log1m"}, lr=1e-3)
+    meta_params = trees.map(lambda x: x.requires_grad_(), {"init": params, "opt": rule.init()})
+    seconds = 0.0
+
+    def call(tokens: torch.Tensor) -> None:
+        nonlocal seconds
+        for x in trees.leaves(meta_params):
+            x.grad = None
+        start = time.process_time()
+        run = fmeta.unroll(
+            rule,
+            loss_fn,
+            meta_params["opt"],
+            meta_params["init"],
+            tokens,
+            checkpoint="sqrt",
+            **options,
+        )
+        run.losses.mean().backward()
+        seconds = time.process_time() - start
+
+    bytes_held = _timing.measured(lambda: call(tokens[:3]), lambda: call(tokens))
+    return {
+        "shape": shape,
+        "variant": variant,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in params.values()),
+        "bytes": bytes_held,
+        "seconds": seconds,
+        "gradient": [x.grad.item() for x in trees.leaves(meta_params["opt"])],
+    }
+
+
+def compare(in_process: Callable[..., dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+    """All variants on the first shape, fewer on the others; prints a table."""
+    results, rows = [], []
+    for shape in SHAPES:
+        for variant in VARIANTS:
+            if shape == "few tokens" and "blocks" in variant:
+                continue
+            found = in_process("mixed", shape, variant, quick)
+            plain = found if variant == "plain" else plain
+            memory = found["bytes"] / plain["bytes"]
+            time = found["seconds"] / plain["seconds"]
+            check_equal(found["gradient"], plain["gradient"])
+            results.append({**found, "memory ratio": memory, "time ratio": time})
+            rows.append(
+                {
+                    "shape": shape,
+                    'under checkpoint="sqrt"': variant,
+                    "MB": found["bytes"] / _timing.MB,
+                    "CPU s": found["seconds"],
+                    "memory / plain": memory,
+                    "time / plain": time,
+                    "verdict": "" if quick or variant == "plain" else verdict(memory, time),
+                }
+            )
+            print(list(rows[-1].values()), flush=True)
+    print("bar: half of the memory of plain at 1.3 times its time; stretch: a third at 1.2")
+    print(_timing.table(rows))
+    return results
+
+
+def check_equal(a: list[float], b: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-6)
+
+
+def verdict(memory: float, time: float) -> str:
+    """Of memory and time over those of the plain checkpointed unroll."""
+    if memory <= STRETCH["memory"] and time <= STRETCH["time"]:
+        return "stretch met"
+    return "bar met" if memory <= BAR["memory"] and time <= BAR["time"] else "no"
+
+
+def _recomputed(block: Any) -> Any:
+    return fmeta.recomputed(block, check=False)
