@@ -7,9 +7,9 @@ Each rule runs in a process of its own, whose peak of resident memory is printed
 interpreter and libraries. What makes it fit: binomial checkpointing (``checkpoint=``), the model's
 gradient recomputed (``recompute="gradient"``) and the rule in chunks (`fmeta.chunked`).
 
-``--mixed``: smaller language models under ``checkpoint="sqrt"``, plain, in mixed mode and with other
-recomputation; resident memory beyond what a short unroll left, and CPU time, each in a process of
-its own. ``--plan``: what `fmeta.plan_memory` says beside such a measurement.
+``--mixed``: smaller language models under ``checkpoint="sqrt"``, plain, in mixed mode and with
+other recomputation; resident memory beyond what a short unroll left, and CPU time, each in a
+process of its own. ``--plan``: what `fmeta.plan_memory` says beside such a measurement.
 
     python benchmarks/memory.py [--mixed | --plan] [--quick] [--json PATH]
 """
