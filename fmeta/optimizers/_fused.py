@@ -16,13 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as _shapes
 
-__all__ = ["FUSED_NUMEL", "compiled", "layer", "sums_of_squares"]
+__all__ = ["FUSED_NUMEL", "compiled", "layer", "one_loop", "sums_of_squares"]
 
 # Smaller tensors are stacked and updated together, which no compiled loop would make faster.
 FUSED_NUMEL = 2**13
 # One for each number of axes, and for each set of axes of size 1.
 _VARIANTS = 64
+# As it is, torch stores the partial sums of a layer for all coordinates (so many terms are too many
+# for it) and goes over them in several loops; and it rounds each product before it is added.
+_OPTIONS: dict[str, Any] = {
+    "realize_opcount_threshold": 10**6,
+    "realize_cpu_opcount_threshold": 10**6,
+    "realize_acc_reads_threshold": 10**6,
+    "realize_cpu_acc_reads_threshold": 10**6,
+    "cpp.max_horizontal_fusion_size": 64,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
 
 
 @functools.cache
@@ -35,10 +46,20 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     more: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         more["recompile_limit"] = _VARIANTS
-    return torch.compile(fn, fullgraph=True, dynamic=True, **more)
+    known = torch._inductor.list_options()
+    options = {name: value for name, value in _OPTIONS.items() if name in known}
+    call = torch.compile(fn, fullgraph=True, dynamic=True, options=options, **more)
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> Any:
+        # Axes that are of one size by chance are not taken for one and the same.
+        with _shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return call(*args)
+
+    return run
 
 
-def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Any]) -> list[Tensor]:
+def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Tensor]) -> list[Tensor]:
     """``bias + w @ rows``, unit by unit.
 
     Args:
@@ -47,12 +68,20 @@ def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Any]) -> list[Tensor
         bias: of each unit, to be broadcast over the leaf.
     """
     outputs = []
-    for j, b in enumerate(bias):
-        total = b
-        for i, row in enumerate(rows):
-            total = total + w[j, i] * row
+    for total, weights in zip(bias, w.unbind(0), strict=True):
+        for row, weight in zip(rows, weights.unbind(0), strict=True):
+            total = torch.addcmul(total, row, weight)
         outputs.append(total)
     return outputs
+
+
+def one_loop(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros of the shapes of what is known of rows and columns.
+
+    Where they are added, a loop has the axes that rows and columns give it. Without, torch takes a
+    contiguous tensor as a line of numbers, and has a loop of its own for what reads nothing else.
+    """
+    return torch.zeros_like(row), torch.zeros_like(col)
 
 
 def sums_of_squares(rows: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:

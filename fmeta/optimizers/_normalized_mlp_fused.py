@@ -1,8 +1,7 @@
-"""`normalized_mlp` in compiled passes: five over a tensor, each one loop without temporaries.
+"""`normalized_mlp` in compiled passes: two over a tensor, each one loop without temporaries.
 
 What the passes compute is what `fmeta.optimizers._normalized_mlp_net` computes; see there for the
-formulas. They are cut at the means over rows and columns, at the features' root mean squares, and
-at that of the direction.
+formulas. They are cut at the means over rows and columns and at the features' root mean squares.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fmeta.optimizers._common import ema
-from fmeta.optimizers._fused import compiled, layer, sums_of_squares
+from fmeta.optimizers._features import is_unobserved, sum_of_squares
+from fmeta.optimizers._fused import compiled, layer, one_loop, sums_of_squares
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
@@ -50,19 +50,21 @@ def fused_delta(
     p, g = (x.contiguous() for x in (p, g))  # loops of one kind, along memory
     new = second_moments(h, *means)
     row_factor, col_factor, row_bias, col_bias = factored_features(th, new, axes)
-    moments = compiled(_moments)(g, *(h[name] for name in MOMENTS))
-    seen = (p, g, *moments, row_factor, col_factor)
-    scale = [_inverse_rms(s, p, axes) for s in compiled(_feature_squares)(axes.matrix, *seen)]
+    zeros = one_loop(row_factor[0], col_factor[0])
+    old = [h[name] for name in MOMENTS]
+    seen = (row_factor, col_factor, zeros, p, g)
+    moments, squares = compiled(_moments_and_squares)(axes.matrix, old, *seen)
+    scale = [_inverse_rms(s, p, axes) for s in squares]
     layers = (main_columns(th), th["w1"].mT, th["b1"], th["w2"].select(1, 0), th["b2"].select(0, 0))
-    step = compiled(_direction)(layers, scale, row_bias, col_bias, *seen)
+    biases = row_bias, col_bias
+    step, square = compiled(_direction)(axes.matrix, layers, scale, biases, moments, *seen)
     if post is not None:
         step = post(step)
-    size = _inverse_rms(compiled(_square_sum)(step, axes.matrix), p, axes)
-    if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
-        delta = compiled(_delta)(step, size, p, lr, weight_decay)
-    else:  # as tensors: other numbers need no other kernel
-        numbers = (size.new_tensor(x) for x in (lr, weight_decay))
-        delta = compiled(_delta)(step, size, p, *numbers)
+        square = sum_of_squares(step, axes.matrix)
+    factor = -lr * _inverse_rms(square, p, axes)
+    delta = step.mul_(factor) if is_unobserved(step, factor) else step * factor
+    if isinstance(weight_decay, Tensor) or weight_decay:
+        delta = delta + -lr * weight_decay * p
     return delta, {**new, **dict(zip(MOMENTS, moments, strict=True))}
 
 
@@ -77,45 +79,60 @@ def _clamped(g: Tensor) -> Tensor:
     return torch.clamp(g, -1000.0, 1000.0)
 
 
-def _moments(g: Tensor, *old: Tensor) -> list[Tensor]:
-    g = _clamped(g)
-    momenta = [ema(m, g, decay) for m, decay in zip(old[:3], DECAYS, strict=True)]
-    return [*momenta, ema(old[3], g * g, RMS_DECAY)]
+def _moments_and_squares(
+    matrix: tuple[int, ...],
+    old: list[Tensor],
+    row: Tensor,
+    col: Tensor,
+    zeros: tuple[Tensor, Tensor],
+    p: Tensor,
+    g: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The new moments, and the sums of squares of the features."""
+    g = _clamped(g) + (zeros[0] + zeros[1])
+    new = [ema(m, g, decay) for m, decay in zip(old[:3], DECAYS, strict=True)]
+    new.append(ema(old[3], g * g, RMS_DECAY))
+    return new, sums_of_squares(_features(new, row, col, zeros, p, g), matrix)
 
 
 def _features(
-    p: Tensor, g: Tensor, m0: Tensor, m1: Tensor, m2: Tensor, rms: Tensor, row: Tensor, col: Tensor
+    moments: list[Tensor],
+    row: Tensor,
+    col: Tensor,
+    zeros: tuple[Tensor, Tensor],
+    p: Tensor,
+    g: Tensor,
 ) -> list[Tensor]:
-    """The 18 features in the order of `main_columns`."""
-    g, m = _clamped(g), (m0, m1, m2)
+    """The 18 features in the order of `main_columns`, of a clamped gradient."""
+    zero = zeros[0] + zeros[1]
+    p, *m, rms = (x + zero for x in (p, *moments))
     root = torch.rsqrt(rms + 1e-8)
-    factor = [row[i] * col[i] for i in range(3)]
-    own = [g, torch.clamp(g, -0.1, 0.1), p, *m, rms, *(x * root for x in m), root]
+    factor = [r * c for r, c in zip(row.unbind(0), col.unbind(0), strict=True)]
+    own = [g, torch.clamp(g, -0.1, 0.1), p, *m, rms]
+    own += [*(x * root for x in m), root]
     by_factor = [*(f * g for f in factor), g * root]
     return [*own, *by_factor, *(x * f for x, f in zip(m, factor, strict=True))]
 
 
-def _feature_squares(matrix: tuple[int, ...], *seen: Tensor) -> list[Tensor]:
-    return sums_of_squares(_features(*seen), matrix)
-
-
 def _direction(
+    matrix: tuple[int, ...],
     layers: tuple[Tensor, ...],
     scale: list[Tensor],
-    row_bias: Tensor,
-    col_bias: Tensor,
-    *seen: Tensor,
-) -> Tensor:
+    biases: tuple[Tensor, Tensor],
+    moments: list[Tensor],
+    row: Tensor,
+    col: Tensor,
+    zeros: tuple[Tensor, Tensor],
+    p: Tensor,
+    g: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The direction, and its sum of squares."""
     w0, w1, b1, w2, b2 = layers
-    rows = [x * s for x, s in zip(_features(*seen), scale, strict=True)]
-    x = layer(rows, w0, [row_bias[j] + col_bias[j] for j in range(8)])
-    x = layer([torch.relu(u) for u in x], w1, list(b1.unbind(0)))
-    return layer([torch.relu(u) for u in x], w2.unsqueeze(0), [b2])[0]
-
-
-def _square_sum(step: Tensor, matrix: tuple[int, ...]) -> Tensor:
-    return sums_of_squares([step], matrix)[0]
-
-
-def _delta(step: Tensor, size: Tensor, p: Tensor, lr: Any, weight_decay: Any) -> Tensor:
-    return -lr * (step * size + weight_decay * p)
+    seen = _features(moments, row, col, zeros, p, _clamped(g))
+    rows = [x * s for x, s in zip(seen, scale, strict=True)]
+    bias = [r + c for r, c in zip(*(x.unbind(0) for x in biases), strict=True)]
+    x = [torch.relu(u) for u in layer(rows, w0, bias)]
+    zero = zeros[0] + zeros[1]
+    x = [torch.relu(u) for u in layer(x, w1, [b + zero for b in b1.unbind(0)])]
+    (step,) = layer(x, w2.unsqueeze(0), [b2 + zero])
+    return step, sums_of_squares([step + zero], matrix)[0]
