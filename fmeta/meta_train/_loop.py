@@ -82,7 +82,9 @@ def run(
         outer: any `Optimizer`, hand-made or learned; clipping and schedules are combinators.
         num_steps: outer steps.
         seed: of the estimator's stream of tasks.
-        outer_params: ``opt_params`` of the outer optimizer; default ``outer.init()``.
+        outer_params: ``opt_params`` of the outer optimizer (weights of a learned one, as
+            `fmeta.pretrained.load` or an earlier meta-training gave them), constants here; default
+            ``outer.init()``.
         averaging: keep a running mean of the meta-parameters over the outer steps after this
             fraction of ``num_steps`` (0.5: over the second half), in their compute dtype. From
             then on it, not the last iterate, is validated and returned. None: no mean.
@@ -123,7 +125,9 @@ def run(
         BlockingIOError: another run is using the folder.
         OSError: a folder or file that cannot be written, before any work where possible.
         ImportError: ``tensorboard`` without the package.
-        ValueError: options that cannot be meant, or meta-parameters without a tensor.
+        ValueError: options that cannot be meant, meta-parameters without a tensor, an outer
+            optimizer that needs more than ``loss`` and ``num_steps``, or ``outer_params`` of
+            another structure or shape than its own.
         TypeError: ``outer`` is not an `Optimizer`.
     """
     settings = Settings(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import _files, trees
+from fmeta._leaves import _listed, _shapes
 from fmeta.estimators import Estimate, Estimator
 from fmeta.meta_train import _averaging
 from fmeta.meta_train._diverged import describe, diverged_tasks
@@ -44,6 +45,12 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         check_optimizer_type(self.outer, "outer")
+        missing = sorted(self.outer.needs - {"loss", "num_steps"})
+        if missing:
+            raise ValueError(
+                f"the outer optimizer needs {', '.join(missing)}, which meta-training cannot give: "
+                "choose a rule that needs at most loss and num_steps"
+            )
         for name in ("validate_every", "checkpoint_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -89,7 +96,7 @@ class OuterSteps:
         self.estimator, self.settings, self.outer = estimator, settings, settings.outer
         self.ranks = estimator.ranks
         given = settings.outer_params
-        self.outer_params = self.outer.init() if given is None else given
+        self.outer_params = self.outer.init() if given is None else _fitting(given, self.outer)
         # Those that require a gradient would grow a graph from step to step.
         self.meta_params = trees.map(
             lambda x: x.detach() if isinstance(x, Tensor) else x, meta_params
@@ -178,6 +185,19 @@ class OuterSteps:
         if value < state.best_value:  # never true for NaN
             return state._replace(best_params=params, best_value=value, misses=0), value
         return state._replace(misses=state.misses + 1), value
+
+
+def _fitting(given: Tree, outer: Optimizer) -> Tree:
+    """What is given as ``outer_params``, without its graph, if it is of this optimizer's form."""
+    want, got = _shapes(outer.init()), _shapes(given)
+    if got != want:
+        raise ValueError(
+            f"outer_params do not fit the outer optimizer: it learns {_listed(want)}, got "
+            f"{_listed(got)}: give what its init() returns, fmeta.pretrained.load loads with it or "
+            "its own meta-training gave; a hyper-parameter of a hand-made optimizer is an argument "
+            "of its builder, or learned by fmeta.learn"
+        )
+    return trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, given)
 
 
 def _metrics(step: int, estimate: Estimate) -> dict[str, Any]:
