@@ -125,6 +125,11 @@ def snail(
 
     def features_of(meta_params: Tree, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
         features, seen = model.apply(meta_params["model_params"], x, stats)
+        if features.ndim != 2 or features.shape[1] != known:
+            raise ValueError(
+                f"the network makes features {tuple(features.shape[1:])} of an example, snail was "
+                f"made for ({known},): give num_features=, and a network without a last layer"
+            )
         if network is not None:
             features = F.layer_norm(features, features.shape[-1:])
         return features, seen

@@ -234,6 +234,13 @@ def test_what_cannot_be_built_is_refused(build, message):
         build()
 
 
+def test_other_features_than_it_was_made_for_are_refused():
+    found = fewshot.snail(fewshot.conv4(3, side=8, channels=4, blocks=2), 3, 3, **sizes())
+    support = (torch.zeros(3, 8, 8), torch.arange(3))
+    with pytest.raises(ValueError, match=r"\(3,\) of an example, snail was made for \(16,\)"):
+        found.adapt(found.init(), support)
+
+
 def test_steps_and_targets_of_another_size_are_refused():
     found = of_waves(5)
     meta_params = found.init()
