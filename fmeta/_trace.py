@@ -67,7 +67,8 @@ class Traced:
             return leaves
 
         try:
-            module = make_fx(flat_fn)(*flat)
+            # Tensors of their own: of one that is given twice, both uses would be recorded as one.
+            module = make_fx(flat_fn)(*(x.detach() for x in flat))
         except Exception as error:  # not recordable, or wrong: then the function itself says so
             return self._unrecorded(error)
         simplify(module)
