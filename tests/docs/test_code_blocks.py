@@ -32,3 +32,10 @@ def test_blocks_of_the_page_run(page, tmp_path, monkeypatch):
 
 def test_there_are_blocks_to_run():
     assert sum(1 for page in PAGES for _ in blocks(page.read_text())) >= 25
+
+
+def test_examples_of_bilevel_problems_are_short():
+    page = ROOT / "docs" / "howto" / "bilevel.md"
+    sizes = [len(block.strip().splitlines()) for block in blocks(page.read_text())]
+    assert len(sizes) == 3
+    assert max(sizes) <= 40
