@@ -1,4 +1,4 @@
-"""`adafactor_mlp` in compiled passes: four over a tensor, each one loop without temporaries.
+"""`adafactor_mlp` in compiled passes: three over a tensor, each without temporaries.
 
 What the passes compute is what `fmeta.optimizers._adafactor_mlp_net` computes; see there for the
 formulas. They are cut at the means over rows and columns and at the features' root mean squares.
@@ -15,7 +15,7 @@ from torch import Tensor
 from fmeta.optimizers._adafactor_mlp_net import Net, of_sides, planes, second_moments
 from fmeta.optimizers._coordinate_net import EPS, Layers, time_bias
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._fused import compiled, layer, sums_of_squares
+from fmeta.optimizers._fused import compiled, layer, one_loop, sums_of_squares
 
 __all__ = ["MOST_UNITS", "fused"]
 
@@ -31,12 +31,14 @@ def fused(
     row, col = compiled(_squared_means)(g, axes[1], axes[0])
     second = second_moments(net, h, {"row": row, "col": col})
     sides = of_sides(net, second, axes, 0)
-    new = compiled(_moments)(g, [h[name] for name in names], [*net.momentum, *net.rms], n)
-    seen = (p, g, new[:n], new[n:], sides.row_factor, sides.col_factor)
-    squares = torch.cat([x.reshape(1) for x in compiled(_feature_squares)(*seen)])
+    zeros = one_loop(sides.row_factor[0], sides.col_factor[0])
+    old, weights = [h[name] for name in names], [*net.momentum, *net.rms]
+    seen = (sides.row_factor, sides.col_factor, zeros, p, g)
+    new, sums = compiled(_moments_and_squares)(old, weights, n, *seen)
+    squares = torch.cat([x.reshape(1) for x in sums])
     columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
     bias = sides.row_bias + time_bias(net.time, h["count"], p, 0)
-    delta = compiled(_steps)(columns, net.layers, bias, sides.col_bias, *seen)
+    delta = compiled(_steps)(columns, net.layers, bias, sides.col_bias, new, n, *seen)
     return delta, {**dict(zip(names, new, strict=True)), **second, "count": h["count"] + 1}
 
 
@@ -48,15 +50,30 @@ def _squared_means(g: Tensor, d0: int, d1: int) -> tuple[Tensor, Tensor]:
     return square.mean(d0), square.mean(d1)
 
 
-def _moments(g: Tensor, old: list[Tensor], weights: list[Tensor], momenta: int) -> list[Tensor]:
+def _moments_and_squares(
+    old: list[Tensor], weights: list[Tensor], momenta: int, *seen: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The new moments, and the sums of squares of the features."""
+    row, col, zeros, p, g = seen
+    g = g + (zeros[0] + zeros[1])
     values = [g] * momenta + [g * g] * (len(old) - momenta)
-    return [torch.lerp(o, x, w) for o, x, w in zip(old, values, weights, strict=True)]
+    new = [torch.lerp(o, x, w) for o, x, w in zip(old, values, weights, strict=True)]
+    return new, sums_of_squares(_features(new, momenta, row, col, zeros, p, g), range(p.ndim))
 
 
 def _features(
-    p: Tensor, g: Tensor, m: list[Tensor], v: list[Tensor], row: Tensor, col: Tensor
+    moments: list[Tensor],
+    momenta: int,
+    row: Tensor,
+    col: Tensor,
+    zeros: tuple[Tensor, Tensor],
+    p: Tensor,
+    g: Tensor,
 ) -> list[Tensor]:
     """The features in the order of `Net.columns`."""
+    zero = zeros[0] + zeros[1]
+    p, *moments = (x + zero for x in (p, *moments))
+    m, v = moments[:momenta], moments[momenta:]
     root = [torch.rsqrt(x + 1e-6) for x in v]
     factor = [r * c for r, c in zip(row.unbind(0), col.unbind(0), strict=True)]
     over_root = [x * root[min(i, len(root) - 1)] for i, x in enumerate(m)]
@@ -64,19 +81,19 @@ def _features(
     return [g, p, *m, *v, *over_root, *root, *(f * g for f in factor), *by_factor]
 
 
-def _feature_squares(*seen: Any) -> list[Tensor]:
-    return sums_of_squares(_features(*seen), range(seen[0].ndim))
-
-
 def _steps(
     columns: Tensor,
     layers: Layers,
     row_bias: Tensor,
     col_bias: Tensor,
+    moments: list[Tensor],
+    momenta: int,
     *seen: Any,
 ) -> Tensor:
-    x = layer(_features(*seen), columns, [row_bias[j] + col_bias[j] for j in range(len(columns))])
+    zero = seen[2][0] + seen[2][1]
+    bias = [r + c for r, c in zip(row_bias.unbind(0), col_bias.unbind(0), strict=True)]
+    x = layer(_features(moments, momenta, *seen), columns, bias)
     for w, b in layers:
-        x = layer([torch.relu(u) for u in x], w, list(b.squeeze(1).unbind(0)))
+        x = layer([torch.relu(u) for u in x], w, [y + zero for y in b.squeeze(1).unbind(0)])
     direction, magnitude = x
     return direction * torch.exp(magnitude)

@@ -264,7 +264,8 @@ def _fused(
     if layout is None:
         return fused_delta(th, p, g, h, axes, means, lr, weight_decay, post)
     lacking = {"row": d0, "col": d1}
-    state = {k: layout.into(x) for k, x in h.items() if k not in lacking}
+    # Detached: of a view, torch compiles for the strides of what it is a view of.
+    state = {k: layout.into(x).detach() for k, x in h.items() if k not in lacking}
     state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
     means = (layout.into_without(means[0], d0), layout.into_without(means[1], d1))
     lr, weight_decay = (

@@ -69,7 +69,10 @@ def fused_delta(
 
 
 def _inverse_rms(squares: Tensor, p: Tensor, axes: Axes) -> Tensor:
-    return torch.rsqrt(squares / math.prod(p.shape[i] for i in axes.matrix) + 1e-9)
+    count = math.prod(p.shape[i] for i in axes.matrix)
+    if is_unobserved(squares):  # of many small matrices there are many
+        return squares.div_(count).add_(1e-9).rsqrt_()
+    return torch.rsqrt(squares / count + 1e-9)
 
 
 # -- passes ------------------------------------------------------------------------------------
