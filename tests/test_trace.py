@@ -60,6 +60,22 @@ def test_arguments_are_left_alone():
     assert all(map(torch.equal, trees.leaves(args), trees.leaves(before)))
 
 
+def test_a_tensor_that_is_given_twice_is_two_arguments():
+    recorded = Traced(lambda a, b: a - 2 * b)
+    x, y = torch.ones(2), torch.full((2,), 5.0)
+    recorded(x, x)
+    assert torch.equal(recorded(x, y), x - 2 * y)
+    assert torch.equal(recorded(y, x), y - 2 * x)
+
+
+def test_the_first_calls_may_be_left_unrecorded():
+    recorded = Traced(step, after=2)
+    for seed in range(4):
+        got, want = recorded(*arguments(seed)), step(*arguments(seed))
+        assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
+        assert bool(recorded.recorded) == (seed >= 2)
+
+
 def test_a_result_is_not_changed_by_the_next_call():
     recorded = Traced(step)
     first = recorded(*arguments(0))

@@ -59,7 +59,8 @@ def mean_over_tasks(
     share = share or Share(Ranks.alone(), len(values), each=group)
     own = len(share.own)
     values, parts, diverged_at = trees.map(lambda x: x[:own], (values, parts, diverged_at))
-    finite = [_rows(x).isfinite().all(1) for x in trees.leaves((values, parts))]
+    # The largest number of a row is finite where all are, and quicker to find.
+    finite = [_rows(x).abs().amax(1).isfinite() for x in trees.leaves((values, parts))]
     kept = torch.stack([diverged_at < 0, *finite]).all(0)
 
     def of_kept(x: Tensor) -> Tensor:
@@ -71,8 +72,12 @@ def mean_over_tasks(
     sums, count = sum_tree((sums, kept.sum().to(trees.leaves(sums)[0])), share.ranks)
     grads = trees.map(lambda s, x: (s / count).to(x.dtype), sums, parts)
     split = (own // group, group)
-    apart = trees.map(lambda x, m: of_kept(x - m).unflatten(0, split).sum(1), parts, grads)
-    squares = torch.stack([_rows(x.double()).square().sum(1) for x in trees.leaves(apart)]).sum(0)
+    apart = trees.map(lambda x, m: x - m, parts, grads)
+    if group > 1:
+        apart = trees.map(lambda x: of_kept(x).unflatten(0, split).sum(1), apart)
+    squares = torch.stack([_squares_of_rows(x) for x in trees.leaves(apart)]).sum(0)
+    if group == 1:
+        squares = of_kept(squares)
     mine = (values, kept, diverged_at, squares.repeat_interleave(group))
     (values, kept, diverged_at, squares), metrics = gathered_tasks(share, mine, metrics)
     loss = torch.where(kept, values, 0.0).sum() / kept.sum()
@@ -119,4 +124,12 @@ def squared_norm(tree: Tree) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(len(x), math.prod(x.shape[1:]))
+    if not math.prod(x.shape):  # of nothing there is no largest number
+        return x.new_zeros(len(x), 1)
+    return x.reshape(len(x), -1)
+
+
+def _squares_of_rows(x: Tensor) -> Tensor:
+    """Sum of the squares of each ``x[i]``, in float64."""
+    norm: Tensor = torch.linalg.vector_norm(_rows(x), 2, 1, dtype=torch.float64)
+    return norm.square()
