@@ -105,9 +105,10 @@ def implicit(
 
     Raises:
         ValueError: neither ``inner_loss`` nor ``proximal``, so that nothing learned moves the
-            optimum; numbers out of range, an unknown solver; an optimizer that needs what the
-            family's ``extras`` do not give; fewer tasks than families; later, from ``init``, a
-            meta-parameter that the optimum does not depend on.
+            optimum; an optimizer with parameters of its own and no ``bind``; numbers out of range,
+            an unknown solver; an optimizer that needs what the family's ``extras`` do not give;
+            fewer tasks than families; later, from ``init``, a meta-parameter that the optimum does
+            not depend on.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Example:
@@ -148,6 +149,12 @@ def implicit(
             "learn those by full, forward, truncated or pes"
         )
     if bind is None:
+        if trees.leaves(optimizer.init()):
+            raise ValueError(
+                "the optimizer has parameters of its own, which are constant here: give them by "
+                "bind=lambda meta_params, config: (opt_params, None), with the start that is "
+                "learned, if any, in place of None"
+            )
         bind = _no_rule_own_start if inner_loss is None else _no_rule
     problem = _Problem(inner_loss, outer_loss, proximal, bind)
 

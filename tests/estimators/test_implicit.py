@@ -441,6 +441,32 @@ def test_rates_of_the_rule_are_refused_by_path_with_the_cure():
         estimator.init(meta, 0)
 
 
+def test_parameters_of_the_rule_without_a_bind_are_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r"parameters of its own.*bind=lambda"):
+        estimators.implicit(optimizers.linear(), BOWLS, num_tasks=1, horizon=2, proximal=1.0)
+
+
+def test_meta_training_with_it_learns_a_start():
+    """Towards the mean of the optima, which is 0."""
+    outer = optimizers.adam(0.2)
+    found = fmeta.meta_train.run(
+        of_bowls(proximal=1.0, horizon=20), START, outer=outer, num_steps=60
+    )
+    assert found.meta_params.norm() < 0.4 * START.norm()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_on_another_device(solver):
+    family = LOGISTIC._replace(data=torch.zeros((), device="meta"))
+    meta = trees.map(lambda x: x.to("meta"), {"decay": DECAYS})
+    options = {"inner_loss": decayed, "eval_split": "validation", "solver": solver}
+    got = first(
+        estimators.implicit(optimizers.sgd(0.4), family, num_tasks=2, horizon=3, **options), meta
+    )
+    assert {x.device.type for x in trees.leaves((got.loss, got.grads))} == {"meta"}
+    assert got.metrics["slope"].device.type == "meta"
+
+
 def test_a_start_without_a_proximal_term_is_refused_and_so_is_a_constant_of_the_loss():
     bind = lambda meta, config: ({}, meta["start"])
     meta = {"start": START, "m": START + 1}
