@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,8 +63,12 @@ def draw_curves(
     seed: int,
     rows: int = 4,
     steps: Sequence[int | None] = (0, 1, None),
+    beside: Mapping[str, tuple[MetaLearner, Any]] = MappingProxyType({}),
 ) -> None:
-    """Test waves: the support points, and what is predicted after numbers of steps (None: all)."""
+    """Test waves: the support points, and what is predicted after numbers of steps (None: all).
+
+    Dashed, by name: what other learners predict, with meta-parameters of their own.
+    """
     from matplotlib.figure import Figure
 
     from fmeta.plot._figure import INK, MUTED, PALETTE, write
@@ -89,6 +94,10 @@ def draw_curves(
                 label = "predicted"
             color = {0: MUTED, None: PALETTE[0]}.get(n, PALETTE[5])
             axis.plot(x.numpy(), y.numpy(), color=color, lw=1.6, label=label)
+        for k, (name, (other, params)) in enumerate(beside.items()):
+            with torch.no_grad():
+                y = other.predict(other.adapt(params, support), x)
+            axis.plot(x.numpy(), y.numpy(), "--", color=PALETTE[1 + k], lw=1.4, label=name)
         axis.plot(*(t.numpy() for t in support), "^", color=INK, ms=5, label="support")
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7)

@@ -20,8 +20,10 @@ from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._figures import draw_adaptation, draw_curves, draw_episodes
 from fmeta.fewshot._glyphs import contact_sheet, load_glyphs
+from fmeta.fewshot._pretrained import fine_tuned, pretrained
 from fmeta.fewshot._source import Source
 from fmeta.meta_train import Recipe, Result, run_job
+from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
 
 __all__ = ["few_shot"]
@@ -80,10 +82,7 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
         ).loss()[0]
 
     options = {
-        "outer": combinators.chain(
-            combinators.clip_by_global_norm(config.max_grad_norm),
-            combinators.scheduled(optimizers.adam(config.outer_lr), _falling, needs={"num_steps"}),
-        ),
+        "outer": _outer(config),
         "num_steps": config.outer_steps,
         "seed": config.seed,
         "validate": validate,
@@ -109,6 +108,13 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
         options,
         finish,
         save=save,
+    )
+
+
+def _outer(config: FewShotConfig) -> Optimizer:
+    return combinators.chain(
+        combinators.clip_by_global_norm(config.max_grad_norm),
+        combinators.scheduled(optimizers.adam(config.outer_lr), _falling, needs={"num_steps"}),
     )
 
 
@@ -156,14 +162,28 @@ def _test(
         )
         if source.ways:
             found["nearest neighbour on pixels"] = score(nearest_neighbour(source.ways), {})
-    say("drawing episodes.png and adaptation.png")
     has_steps = config.learner not in WITHOUT_STEPS
+    tuned: dict[int, Tuned] = {}
+    if config.baselines and config.task == "sinusoid":
+        own = max(_steps(config, learner, result.meta_params, source, most=1), default=1)
+        if own != 1:
+            name = f"{config.learner}, meta-trained, after 1 step"
+            found[name] = score(learner, result.meta_params, num_steps=1)
+        say("training on all sinusoids together, for comparison")
+        tuned = _pretrained(config, source, {own, 1})
+        for n, (fitted, params, _) in tuned.items():
+            after = "" if n == own else ", after 1 step"
+            found[f"pretrained on all sinusoids, fine-tuned{after}"] = score(fitted, params)
+    say("drawing episodes.png and adaptation.png")
     path, seed = folder / "episodes.png", config.seed + _TEST
     if source.ways:
         draw_episodes(path, learner, result.meta_params, source, seed=seed)
     else:
         steps = (0, 1, None) if has_steps else (None,)
-        draw_curves(path, learner, result.meta_params, source, seed=seed, steps=steps)
+        beside = {"pretrained, 1 step": tuned[1][:2]} if 1 in tuned else {}
+        draw_curves(
+            path, learner, result.meta_params, source, seed=seed, steps=steps, beside=beside
+        )
     if config.task == "glyphs":
         contact_sheet(folder / "glyphs.png", load_glyphs(config.root))
     few = max(2, config.test_episodes // 5)
@@ -181,12 +201,48 @@ def _test(
         "episodes": config.test_episodes,
         "task": {"name": source.name, "ways": source.ways, "shots": source.shots},
         "batch_norm": config.batch_norm,
+        "fine_tuning_rates": {steps: rate for steps, (_, _, rate) in tuned.items()},
         "training": {
             "outer_steps": result.step,
             "stopped_early": result.stopped_early,
             "skipped": result.skipped,
         },
     }
+
+
+# A learner, meta-parameters for it, and the rate it was tuned to.
+Tuned = tuple[MetaLearner, Any, float]
+
+
+def _pretrained(config: FewShotConfig, source: Source, steps: set[int]) -> dict[int, Tuned]:
+    """The network trained on all tasks together, fine-tuned in each of these numbers of steps.
+
+    It sees what the learner saw: the same episodes, in as many steps of the same optimizer.
+    """
+    network = config.network(source)
+    params = pretrained(
+        network,
+        config.source(),
+        loss=config.loss,
+        outer=_outer(config),
+        num_tasks=config.num_tasks,
+        num_steps=config.outer_steps,
+        seed=config.seed,
+        start=network.init(fold_in(config.seed)),
+    )
+    found: dict[int, Tuned] = {}
+    for n in sorted(steps, reverse=True):
+        fitted, rate = fine_tuned(
+            network,
+            params,
+            source,
+            num_steps=n,
+            loss=config.loss,
+            num_episodes=config.validation_episodes,
+            seed=config.seed + _VALIDATION,
+        )
+        found[n] = (fitted, params, rate)
+    return found
 
 
 def _row(scores: Scores, is_loss: bool) -> dict[str, Any]:
@@ -201,16 +257,23 @@ def _row(scores: Scores, is_loss: bool) -> dict[str, Any]:
 
 
 def _steps(
-    config: FewShotConfig, learner: MetaLearner, meta_params: Any, source: Source
+    config: FewShotConfig,
+    learner: MetaLearner,
+    meta_params: Any,
+    source: Source,
+    most: int = 8,
 ) -> dict[int, bool]:
-    """Numbers of adaptation steps to draw, and whether each is beyond that of meta-training."""
+    """Numbers of adaptation steps to draw, and whether each is beyond that of meta-training.
+
+    They go up to ``most`` times that.
+    """
     if config.learner in WITHOUT_STEPS:
         return {}
     support = source.sample(fold_in(0), _judged_on(source, "test")).support
     with torch.no_grad():
         losses = getattr(learner.adapt(meta_params, support), "losses", None)
     own = 100 if losses is None else len(losses)
-    numbers = sorted({1, max(1, own // 2), own, 2 * own, 4 * own, 8 * own})
+    numbers = sorted({1, max(1, own // 2), own, *(k * own for k in (2, 4, 8) if k <= most)})
     if losses is not None:
         numbers = [0, *numbers]
     return {n: n > own for n in numbers}
