@@ -67,7 +67,7 @@ FAMILIES = {
 HORIZON, LONGER = 40, 400
 KICKS = {"kicked": 2.0, "kicked hard": 8.0}
 NOISE = (0.3, 0.05)  # deviation of the policy's steps when meta-training begins, and at its end
-RATES = {"policy": 0.03, "truncated 5 / 40": 0.02, "unrolls of 5": 0.02}  # of the outer optimizer
+RATES = {"policy": 0.08, "truncated 5 / 40": 0.02, "unrolls of 5": 0.02}  # of the outer optimizer
 NEW_TASKS, OF_KICKS, TUNING = 7_000_001, 7_000_002, 7_000_003  # seeds
 POLICY, PIECES, SHORT = RATES
 UNTRAINED, SGD, ADAM = "untrained", "tuned SGD", "tuned Adam"
@@ -118,7 +118,7 @@ def ways(family: TaskFamily) -> dict[str, Estimator]:
         POLICY: score_function(
             RULE,
             family,
-            num_tasks=16,
+            num_tasks=8,
             num_rollouts=8,
             horizon=HORIZON,
             std=lambda meta, config: meta["std"],
