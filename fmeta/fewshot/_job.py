@@ -167,13 +167,13 @@ def _test(
     if config.baselines and config.task == "sinusoid":
         own = max(_steps(config, learner, result.meta_params, source, most=1), default=1)
         if own != 1:
-            name = f"{config.learner}, meta-trained, after 1 step"
+            name = f"{config.learner}, meta-trained, 1 step"
             found[name] = score(learner, result.meta_params, num_steps=1)
         say("training on all sinusoids together, for comparison")
         tuned = _pretrained(config, source, {own, 1})
         for n, (fitted, params, _) in tuned.items():
-            after = "" if n == own else ", after 1 step"
-            found[f"pretrained on all sinusoids, fine-tuned{after}"] = score(fitted, params)
+            name = f"pretrained on all sinusoids, fine-tuned, {n} step{'s' * (n > 1)}"
+            found[name] = score(fitted, params)
     say("drawing episodes.png and adaptation.png")
     path, seed = folder / "episodes.png", config.seed + _TEST
     if source.ways:

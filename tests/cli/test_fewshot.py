@@ -70,6 +70,12 @@ def test_waves_have_curves_and_no_neighbours(tmp_path, learner):
     results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
     assert results["measure"] == "mean squared error"
     assert not any("neighbour" in name for name in results["scores"])
+    rows = {f"{learner}, meta-trained", "pretrained on all sinusoids, fine-tuned, 1 step"}
+    if learner == "maml":
+        rows |= {"maml, meta-trained, 1 step", "pretrained on all sinusoids, fine-tuned, 5 steps"}
+    assert rows < set(results["scores"])
+    assert all(results["scores"][name]["mean"] > 0 for name in rows)
+    assert set(results["fine_tuning_rates"]) == ({"1", "5"} if learner == "maml" else {"1"})
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypatch, capsys):
