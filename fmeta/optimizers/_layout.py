@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "small_matrices_first"]
+__all__ = ["Layout", "small_matrices_first", "small_matrices_inside"]
 
 # Below this many elements, a loop over a matrix is too short to be fast.
 _SHORT = 2**8
@@ -73,6 +73,18 @@ def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | Non
     if n - batch < 3 or shape[-1] * shape[-2] >= _SHORT:
         return None
     return Layout((n - 2, n - 1, *range(n - 2)), batch)
+
+
+def small_matrices_inside(shape: tuple[int, ...]) -> Layout | None:
+    """For many small matrices: their two axes before the last other one.
+
+    As ``(out, 3, 3, in)`` the loops over the kernels of a convolution are over ``in`` too, and what
+    belongs to a matrix is near by. For loops that sum over matrices in registers.
+    """
+    n = len(shape)
+    if small_matrices_first(shape) is None:
+        return None
+    return Layout((*range(n - 3), n - 2, n - 1, n - 3))
 
 
 def _around(order: tuple[int, ...], x: Tensor, before: int) -> list[int]:

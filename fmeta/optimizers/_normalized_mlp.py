@@ -16,7 +16,7 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
 from fmeta.optimizers._features import is_unobserved, start_factored, tiled_means
 from fmeta.optimizers._fused import FUSED_NUMEL
-from fmeta.optimizers._layout import small_matrices_first
+from fmeta.optimizers._layout import small_matrices_first, small_matrices_inside
 from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
 from fmeta.optimizers._normalized_mlp_fused import fused_delta
 from fmeta.optimizers._normalized_mlp_net import (
@@ -260,12 +260,12 @@ def _fused(
     assert axes.factored is not None
     d1, d0 = axes.factored
     means = tiled_means(lambda x, out: clamped(x, out).square_(), g, axes.factored, size)
-    layout = small_matrices_first(tuple(p.shape))
+    layout = small_matrices_inside(tuple(p.shape))
     if layout is None:
         return fused_delta(th, p, g, h, axes, means, lr, weight_decay, post)
     lacking = {"row": d0, "col": d1}
     # Detached: of a view, torch compiles for the strides of what it is a view of.
-    state = {k: layout.into(x).detach() for k, x in h.items() if k not in lacking}
+    state = {k: layout.into(x).detach().contiguous() for k, x in h.items() if k not in lacking}
     state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
     means = (layout.into_without(means[0], d0), layout.into_without(means[1], d1))
     lr, weight_decay = (
