@@ -13,6 +13,7 @@ from fmeta import trees
 from fmeta.torch_optim import _checks, _states
 from fmeta.torch_optim._advance import Outputs, advance
 from fmeta.torch_optim._before import Call, prepare
+from fmeta.torch_optim._begun import TORN, Begun, begun, is_torn
 from fmeta.torch_optim._evaluation import put_back, swap_in
 from fmeta.torch_optim._graphs import kept_out, looked_through
 from fmeta.torch_optim._loading import loaded_exactly
@@ -90,7 +91,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        _checks.check_options(nonfinite, fused, differentiable)
+        _checks.check_options(nonfinite, fused, differentiable, compile)
+        _checks.check_params(params)
         self._rule: Any = None
         self._names: list[str] | None = None
         self._slots: list[Slots] = []
@@ -100,7 +102,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._compiled: Any = None
         self._owned = False  # whether no two tensors of the state share memory
         self._fresh: set[int] = set()  # parameters whose state nobody else was given
-        self._torn = False  # whether a step failed that had begun to write over the state
+        self._begun: Begun | None = None  # a step that has not ended
         self._clean_for: list[Any] | None = None  # the update was checked for these gradients
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # parameters, while evaluating
         self._weights: tuple[Any, Tree] | None = None
@@ -224,19 +226,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @kept_out
     def _before(self, loss: Any, extras: Any, traced: bool) -> Call | None:
-        if self._torn:
+        if is_torn(self._begun):
+            self._begun = TORN
             raise RuntimeError(
-                "the last step failed when it had begun to write over the hidden state: load a "
-                "state_dict that was saved before it"
+                "the last step failed when it had begun to write over parameters or the hidden "
+                "state: load a state_dict that was saved before it, or go on with what there is, "
+                "opt.load_state_dict(opt.state_dict())"
             )
         call = prepare(self, loss, extras, traced)
-        self._torn = call is not None and call.inputs.consumes
+        self._begun = begun(self, call)
         return call
 
     @kept_out
     def _after(self, call: Call, out: Outputs) -> None:
         common: dict[str, Any] = {}
-        self._torn = False
         if not call.inputs.in_place:
             keys, slots, states = self._keys(), self._slots, call.states
             given = call.inputs.hidden.leaves
@@ -251,6 +254,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if out.skipped is not None:
             common = {**common, SKIPPED: out.skipped}
         _states.spread(self, common)
+        self._begun = None
 
     @kept_out
     def _compiled_advance(self) -> Any:
@@ -343,7 +347,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for k, v in self.__dict__.items()
             if not k.startswith("_optimizer_") and k not in bound
         }
-        return {**state, **dict.fromkeys(dropped), "_fresh": set()}
+        begun = TORN if is_torn(self._begun) else None
+        return {**state, **dict.fromkeys(dropped), "_fresh": set(), "_begun": begun}
 
     def __repr__(self) -> str:
         rule = self._rule

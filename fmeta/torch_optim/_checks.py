@@ -22,6 +22,7 @@ __all__ = [
     "check_group",
     "check_horizon",
     "check_options",
+    "check_params",
     "check_some",
     "check_tensors",
     "compiled_and_sharded",
@@ -30,8 +31,28 @@ __all__ = [
 ]
 
 
-def check_options(nonfinite: str, fused: Any, differentiable: Any) -> None:
+def check_params(params: Any) -> None:
+    """Raises a TypeError for what holds parameters but is no iterable of them."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params are given one by one, got the module {type(params).__name__}: give "
+            "model.named_parameters(), or model.parameters()"
+        )
+    if isinstance(params, Mapping):
+        if "params" in params:
+            raise TypeError("a parameter group stands in a list: LearnedOptimizer([group], ...)")
+        raise TypeError(
+            "params are given one by one, got a dict: give the items() of a dict of parameters, "
+            "or model.named_parameters() (a state_dict holds copies that get no gradient)"
+        )
+
+
+def check_options(nonfinite: str, fused: Any, differentiable: Any, compile: Any = False) -> None:
     """Options of the whole optimizer."""
+    if not (compile is None or isinstance(compile, (bool, Mapping))):
+        raise TypeError(
+            f"compile must be True, False or a dict of arguments of torch.compile, got {compile!r}"
+        )
     if nonfinite not in ("allow", "skip", "raise"):
         raise ValueError(f"nonfinite must be 'allow', 'skip' or 'raise', got {nonfinite!r}")
     if fused:
@@ -72,6 +93,11 @@ def check_group(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None
     if group["num_steps"] != groups[0]["num_steps"]:
         raise ValueError("num_steps is one for the whole training, not an option of a group")
     for name, p in zip(names, group["params"], strict=True):
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"parameter {name} has no shape yet, as its module is lazy: let the model see a "
+                "batch once, then build the optimizer"
+            )
         if p.requires_grad and not p.is_floating_point():  # frozen, it is not seen by the rule
             raise _not_real(f"parameter {name}", p)
     every = [n for g in groups for n in g.get("param_names", ())]

@@ -47,7 +47,7 @@ def loaded_exactly(opt: Any) -> Iterator[None]:
             if names is not None:
                 group["param_names"] = names
         opt._find_slots()
-        opt._owned = opt._torn = False
+        opt._owned, opt._begun = False, None
         opt.state.update(placed)
 
     hooks = (
@@ -85,12 +85,18 @@ def _check_weights(opt: Any, groups: list[dict[str, Any]]) -> None:
             )
         if got == opt._rule.digest:
             continue
-        of = "no fmeta rule" if got is None else f"{group.get('rule')} with weights {got[:12]}"
+        if got is None:
+            raise ValueError(
+                f"this state is of no fmeta rule, but the optimizer is {opt._rule.name}: the state "
+                "of another optimizer, as one of torch.optim, holds other averages and cannot be "
+                "taken over; load the model alone and begin with a fresh state"
+            )
         raise ValueError(
-            f"this state is of {of}, but the optimizer is {opt._rule.name} with weights "
-            f"{opt._rule.digest[:12]}: build LearnedOptimizer with the weights that the state was "
-            "made with; to go on with these all the same, set state_dict['param_groups'][i]"
-            "['weights_hash'] = opt.param_groups[i]['weights_hash'] first"
+            f"this state is of {name} with weights {got[:12]}, but the optimizer is "
+            f"{opt._rule.name} with weights {opt._rule.digest[:12]}: build LearnedOptimizer with "
+            "the weights that the state was made with; to go on with these all the same, set "
+            "state_dict['param_groups'][i]['weights_hash'] = opt.param_groups[i]['weights_hash'] "
+            "first"
         )
 
 

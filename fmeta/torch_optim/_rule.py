@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -65,7 +66,8 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
     name = "custom"
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        optimizer, own = _named(name, like)
+        with _values_are_made():
+            optimizer, own = _named(name, like)
     else:
         if isinstance(source, torch.optim.Optimizer) or (
             isinstance(source, type) and issubclass(source, torch.optim.Optimizer)
@@ -80,7 +82,8 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
         check_optimizer_type(source, "name_or_optimizer")
         optimizer, own = source, None
     if own is None:
-        own = optimizer.init()
+        with _values_are_made():
+            own = optimizer.init()
     if opt_params is None:
         opt_params = own
     else:
@@ -93,6 +96,12 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
             like(),
         )
     return Rule(optimizer, weights, name, digest(weights), shapes)
+
+
+def _values_are_made() -> Any:
+    """Where a model is built without values, ``with torch.device("meta")``, weights have some."""
+    no_values = torch.get_default_device().type == "meta"
+    return torch.device("cpu") if no_values else contextlib.nullcontext()
 
 
 def digest(tree: Tree) -> str:

@@ -31,6 +31,19 @@ BARE = custom(lambda params: [{"m": 0 * p} for p in params])
         (lambda: LearnedOptimizer([{"params": []}], "adam"), ValueError, "no group has any param"),
         (lambda: LearnedOptimizer(param(2), "adam"), TypeError, "iterable of Tensors"),
         (
+            lambda: LearnedOptimizer(torch.nn.Linear(1, 1), "adam"),
+            TypeError,
+            "module Linear.*named",
+        ),
+        (lambda: LearnedOptimizer({"w": param(2)}, "adam"), TypeError, r"a dict.*items\(\)"),
+        (lambda: LearnedOptimizer({"params": [param(2)]}, "adam"), TypeError, r"\[group\]"),
+        (
+            lambda: LearnedOptimizer(torch.nn.LazyLinear(2).parameters(), "adam"),
+            ValueError,
+            "parameter 0.*lazy.*batch once",
+        ),
+        (lambda: LearnedOptimizer([param(2)], "adam", compile="yes"), TypeError, "a dict.*'yes'"),
+        (
             lambda: LearnedOptimizer([param(2)], "adamm"),
             ValueError,
             "did you mean adam.*by its path",

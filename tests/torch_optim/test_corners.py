@@ -10,7 +10,7 @@ import fmeta
 from fmeta import optimizers
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.random import fold_in
-from fmeta.torch_optim import LearnedOptimizer
+from fmeta.torch_optim import LearnedOptimizer, _advance
 
 BIG = ["mlp", "adafactor_mlp", "normalized_mlp"]
 
@@ -76,9 +76,58 @@ def test_a_step_that_fails_while_it_writes_cannot_be_repeated():
     calls[0] = 1
     with pytest.raises(MemoryError):
         opt.step()
-    with pytest.raises(RuntimeError, match="begun to write over the hidden state: load"):
+    with pytest.raises(RuntimeError, match=r"begun to write over.*hidden state: load"):
         opt.step()
     opt.load_state_dict(saved)
+    opt.step()
+
+
+def interrupted(monkeypatch, opt, moment):
+    """A step that ends with Ctrl-C: before anything is written, or when parameters have moved."""
+    plain = _advance.move
+
+    def move(*args):
+        if moment == "moved":
+            plain(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_advance, "move", move)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=["plain", "in place"])
+def test_an_interrupted_step_is_told_where_it_left_half_of_it(options, monkeypatch):
+    base = optimizers.adam()
+    rule = base._replace(update=lambda *args, **given: base.update(*args, **given))
+    p = nn.Parameter(torch.ones(3))
+    opt = LearnedOptimizer([p], rule, **options)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    if not options:  # in place the state is written first
+        interrupted(monkeypatch, opt, "before")
+        opt.step()
+        assert opt.state[p]["count"] == 2
+    interrupted(monkeypatch, opt, "before" if options else "moved")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"begun to write over parameters.*go on with"):
+            opt.step()
+    copied = copy.deepcopy((p, opt))
+    for q, other in ((p, opt), copied):
+        q.grad = torch.ones_like(q)
+        with pytest.raises(RuntimeError, match="begun to write"):
+            other.step()
+        other.load_state_dict(other.state_dict())
+        other.step()
+
+
+def test_a_rule_without_state_has_nothing_to_be_half_written(monkeypatch):
+    p = nn.Parameter(torch.ones(3))
+    opt = LearnedOptimizer([p], "sgd")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    interrupted(monkeypatch, opt, "before")
     opt.step()
 
 

@@ -55,6 +55,15 @@ def test_weights_follow_parameters_that_are_replaced_in_their_groups(kit):
     assert {x.device.type for s in opt.state.values() for x in s.values()} == {"meta"}
 
 
+@pytest.mark.parametrize("rule", ["normalized_mlp", optimizers.normalized_mlp()], ids=type)
+def test_a_rule_found_where_models_have_no_values_has_its_weights(rule):
+    want = LearnedOptimizer([torch.nn.Parameter(torch.ones(2))], rule).param_groups[0]
+    with torch.device("meta"):
+        shadow = torch.nn.Parameter(torch.ones(2))
+        opt = LearnedOptimizer([shadow], rule)
+    assert opt.param_groups[0]["weights_hash"] == want["weights_hash"]
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("nonfinite", ["allow", "skip"])
 @pytest.mark.parametrize("rule", [n for n in RULES if n not in OF_A_TREE])

@@ -151,7 +151,7 @@ def test_the_state_of_another_rule_is_refused(kit):
     ):
         opt.load_state_dict(nameless)
     assert {k: dict(v) for k, v in opt.state.items()} == held  # as it was
-    with pytest.raises(ValueError, match="state is of no fmeta rule"):
+    with pytest.raises(ValueError, match=r"state is of no fmeta rule.*fresh state"):
         opt.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
 
 
