@@ -24,8 +24,10 @@ __all__ = [
     "consuming_update",
     "is_applied_as_is",
     "is_leafwise",
+    "is_transform",
     "leafwise",
     "refuse_scaling",
+    "transforms_gradients",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "treats_leaves_apart"
 _CONSUMING = "consumes_hidden"
 _AS_IS = "applied_as_is"
+_TRANSFORM = "transforms_gradients"
 
 
 def leafwise(update: F) -> F:
@@ -65,6 +68,16 @@ def applied_as_is(update: Callable[..., Any], *inner: Any) -> None:
 def is_applied_as_is(optimizer: Any) -> bool:
     """Whether this optimizer's deltas must be applied as they are."""
     return getattr(optimizer.update, _AS_IS, False)
+
+
+def transforms_gradients(update: Callable[..., Any]) -> None:
+    """Says that the deltas are gradients for the next one in a `chain`."""
+    setattr(update, _TRANSFORM, True)
+
+
+def is_transform(optimizer: Any) -> bool:
+    """Whether this optimizer's deltas are gradients, along which parameters would climb."""
+    return getattr(optimizer.update, _TRANSFORM, False)
 
 
 def refuse_scaling(optimizer: Any, what: str) -> None:

@@ -34,8 +34,10 @@ def check_number(name: str, value: Any, *, below: float = math.inf, positive: bo
             raise TypeError(f"{name} is a tensor of dtype {value.dtype}: use a floating dtype")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
+        cure = ": put a schedule around the rule, fmeta.scheduled(rule, schedule)"
         raise TypeError(
             f"{name} must be a number, a scalar tensor or a tree of them, got {value!r}"
+            + (cure if callable(value) else "")
         )
     if not (0 <= value < below) or (positive and value == 0):
         wanted = "positive" if positive else "not negative"

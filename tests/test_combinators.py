@@ -428,3 +428,9 @@ def test_equal_parts_start_unequal():
     assert not torch.equal(want[0]["output.weight"], want[1]["output.weight"])
     close(in_order.init(fold_in(1)), fmeta.chain(*parts()).init(fold_in(1)), 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "bfloat16", None])
+def test_a_state_of_no_floating_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"floating dtype, such as torch\.bfloat16, got"):
+        fmeta.hidden_dtype(fmeta.optimizers.adam(), dtype)

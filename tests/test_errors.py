@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 import fmeta
-from fmeta import optimizers
+from fmeta import optimizers, schedules
 from fmeta.random import fold_in
 
 PARAMS = {"w": torch.ones(2, 3), "b": torch.ones(3)}
@@ -691,6 +691,7 @@ def test_betas_that_are_no_pair_are_refused(betas):
         (None, "lr must be a number, .* got None"),
         (True, "lr must be a number, .* got True"),
         (torch.tensor(1), "lr is a tensor of dtype torch.int64: use a floating dtype"),
+        (schedules.cosine(), r"lr must be a number, .* got .*Schedule.*fmeta\.scheduled"),
     ],
 )
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam", "adamw", "per_parameter_sgd"])

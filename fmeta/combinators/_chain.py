@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fmeta import random
-from fmeta._leafwise import applied_as_is
+from fmeta._leafwise import applied_as_is, is_transform, transforms_gradients
 from fmeta.combinators._parts import merged, part, start
 from fmeta.optimizer import Hidden, Optimizer, check_optimizer_type
 
@@ -68,4 +68,6 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         return optimizers[-1].eval_params(opt_params[-1], model_params, own)
 
     applied_as_is(update, optimizers[-1])
+    if all(map(is_transform, optimizers)):
+        transforms_gradients(update)
     return Optimizer(init, init_hidden, update, needs, eval_params)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._leafwise import transforms_gradients
 from fmeta._lift import lift
 from fmeta._numbers import check_number, check_numbers, nothing_to_learn
 from fmeta.combinators._parts import delta_dtype
@@ -57,6 +58,7 @@ def clip_by_global_norm(max_norm: Any) -> Optimizer:
             spec, [None if x is None else x * factor.to(x.dtype) for x in g]
         ), hidden
 
+    transforms_gradients(update)
     return Optimizer(nothing_to_learn, init_hidden, update)
 
 
@@ -85,7 +87,7 @@ def clip_by_value(bound: Any) -> Optimizer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return grad.clamp(-bound, bound), state
 
-    return lift(
+    clip = lift(
         nothing_to_learn,
         init_leaf,
         update_leaf,
@@ -93,3 +95,5 @@ def clip_by_value(bound: Any) -> Optimizer:
         elementwise=True,
         stacked=False,
     )
+    transforms_gradients(clip.update)
+    return clip

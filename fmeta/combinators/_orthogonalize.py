@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fmeta import _newton_schulz
+from fmeta._leafwise import transforms_gradients
 from fmeta._lift import lift
 from fmeta._numbers import nothing_to_learn
 from fmeta.combinators._wrapped import whole
@@ -58,4 +59,6 @@ def orthogonalize(steps: int = 5) -> Optimizer:
         matrix = grad.flatten(1)
         return _newton_schulz.orthogonalize(matrix, steps).reshape(grad.shape), state
 
-    return lift(nothing_to_learn, init_leaf, update_leaf)
+    rule = lift(nothing_to_learn, init_leaf, update_leaf)
+    transforms_gradients(rule.update)
+    return rule

@@ -133,8 +133,10 @@ def hidden_dtype(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> O
         torch.bfloat16
     """
     check_optimizer_type(optimizer, "optimizer")
-    if not dtype.is_floating_point:
-        raise ValueError(f"hidden_dtype must be a floating dtype, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"hidden_dtype must be a floating dtype, such as torch.bfloat16, got {dtype!r}"
+        )
 
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         hidden = start(optimizer, opt_params, model_params, num_steps)

@@ -127,7 +127,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._given = {}
         _checks.check_some(self.param_groups)
         rule = find_rule(name_or_optimizer, opt_params, self._param_tree)
-        _checks.check_horizon(rule, num_steps)
+        _checks.check_rule(rule, num_steps)
         self._rule = rule
         for group in self.param_groups:
             group.update(rule=rule.name, weights_hash=rule.digest)

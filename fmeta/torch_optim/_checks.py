@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta._leafwise import is_applied_as_is
+from fmeta._leafwise import is_applied_as_is, is_transform
 from fmeta.optimizer import Optimizer
 from fmeta.torch_optim import _sharded
 from fmeta.torch_optim._options import as_python
@@ -20,9 +20,9 @@ __all__ = [
     "check_dtypes",
     "check_given",
     "check_group",
-    "check_horizon",
     "check_options",
     "check_params",
+    "check_rule",
     "check_some",
     "check_tensors",
     "compiled_and_sharded",
@@ -64,8 +64,14 @@ def check_options(nonfinite: str, fused: Any, differentiable: Any, compile: Any 
         )
 
 
-def check_horizon(rule: Rule, num_steps: Any) -> None:
-    """Raises unless ``num_steps`` is a positive integer, or not needed."""
+def check_rule(rule: Rule, num_steps: Any) -> None:
+    """Raises for what is no rule by itself, or without the number of steps that it needs."""
+    if is_transform(rule.optimizer):
+        raise ValueError(
+            "this is a transform of gradients (clip_by_global_norm, clip_by_value, orthogonalize), "
+            "along which parameters would climb: let an optimizer follow, "
+            "fmeta.chain(transform, fmeta.optimizers.adam())"
+        )
     whole = isinstance(num_steps, int) and not isinstance(num_steps, bool)
     if num_steps is not None and (not whole or num_steps < 1):
         raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")

@@ -56,6 +56,18 @@ BARE = custom(lambda params: [{"m": 0 * p} for p in params])
             "torch.optim.SGD is no pure function.*'sgd'",
         ),
         (lambda: LearnedOptimizer([param(2)], optimizers.adam), TypeError, r"adam\(\.\.\.\)"),
+        (
+            lambda: LearnedOptimizer(
+                [param(2)], fmeta.chain(fmeta.clip_by_value(1.0), fmeta.orthogonalize())
+            ),
+            ValueError,
+            "transform of gradients.*optimizer follow",
+        ),
+        (
+            lambda: LearnedOptimizer([param(2)], fmeta.clip_by_global_norm(1.0)),
+            ValueError,
+            "transform of gradients.*optimizer follow",
+        ),
         (lambda: LearnedOptimizer([param(2)], 3), TypeError, "fmeta.Optimizer, got int"),
         (
             lambda: LearnedOptimizer([param(2)], "lstm", optimizers.linear().init()),
