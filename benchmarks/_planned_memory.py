@@ -33,7 +33,9 @@ def problem(name: str, quick: bool) -> Problem:
     generator = torch.Generator().manual_seed(0)
     if name.startswith("MLP"):
         steps = 100 if quick else 1000
-        net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
+        net = nn.Sequential(
+            nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)
+        )
         loss_fn = fmeta.loss_of(net, nn.functional.cross_entropy)
         params = {
             path: torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
@@ -74,6 +76,7 @@ def measure(case: int, quick: bool = False) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in params.values()),
         "measured": _timing.measured(lambda: call(few), lambda: call(batches)),
         "planned": plan.choices[0].bytes,
+        "bookkeeping": plan.choices[0].bookkeeping,
     }
 
 
@@ -82,7 +85,7 @@ def compare(in_process: Callable[..., dict[str, Any]], quick: bool) -> list[dict
     results, rows = [], []
     for i in range(len(CASES)):
         found = in_process("plan", i, quick)
-        ratio = found["planned"] / found["measured"]
+        ratio = (found["planned"] + found["bookkeeping"]) / found["measured"]
         results.append({**found, "ratio": ratio})
         rows.append(
             {
@@ -90,12 +93,13 @@ def compare(in_process: Callable[..., dict[str, Any]], quick: bool) -> list[dict
                 "parameters": found["parameters"],
                 "options": ", ".join(f"{k}={v!r}" for k, v in found["options"].items()) or "none",
                 "planned MB": found["planned"] / _timing.MB,
+                "bookkeeping MB": found["bookkeeping"] / _timing.MB,
                 "measured MB": found["measured"] / _timing.MB,
-                "planned / measured": ratio,
+                "both / measured": ratio,
                 "verdict": "" if quick else ("bar met" if abs(ratio - 1) <= BAR else "no"),
             }
         )
         print(list(rows[-1].values()), flush=True)
-    print("bar: planned within 20 % of what the resident memory of a fresh process grows by")
+    print("bar: both within 20 % of what the resident memory of a fresh process grows by")
     print(_timing.table(rows))
     return results

@@ -22,6 +22,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: the most that were alive at once.
+        most: the most memories that were alive at once, of those counted.
 
     Example:
         >>> import torch
@@ -33,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, *existing: Any) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.count = self.most = 0
         self.known: dict[int, Any] = {}
         for x in trees.leaves(existing):
             if isinstance(x, Tensor):
@@ -65,7 +66,10 @@ class LiveBytes(TorchDispatchMode):
         self.known[key].atexit = False
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.count += size > 0
+        self.most = max(self.most, self.count)
 
     def _forget(self, key: int, size: int) -> None:
         self.known.pop(key, None)
         self.now -= size
+        self.count -= size > 0

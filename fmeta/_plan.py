@@ -31,6 +31,8 @@ _CHOICES: tuple[dict[str, Any], ...] = (
     {"checkpoint": 10},
     {"first_order": True, "checkpoint": "sqrt"},
 )
+# Measured on long unrolls on a CPU: nodes of the graph, the tensors' own records, rounding.
+_EACH = 1500
 _OPTIONS = ("checkpoint", "mixed_mode", "recompute", "first_order", "chunked")
 
 
@@ -41,11 +43,14 @@ class PlannedUnroll(NamedTuple):
         options: keywords of `unroll`; and ``chunked``, the ``coordinates`` of `fmeta.chunked`.
         bytes: most bytes alive at once in the forward and backward pass, beside what goes in.
         forward_passes: how often a step is run forward under this ``checkpoint``, at most.
+        bookkeeping: bytes that autograd and the allocator take on the host beside these tensors,
+            roughly: what counts where there are many small ones.
     """
 
     options: dict[str, Any]
     bytes: int
     forward_passes: int
+    bookkeeping: int = 0
 
 
 class MemoryPlan(NamedTuple):
@@ -106,8 +111,9 @@ def plan_memory(
     these there are is known. They run on ``meta`` tensors, which have no values, take no memory and
     next to no time, so that what does not fit can be planned.
 
-    It counts tensors. What the allocator and the kernels take beyond that is not in it, nor are the
-    interpreter and the libraries (about 300 MB of resident memory on a CPU).
+    ``bytes`` are those of tensors. On a CPU the resident memory grows by about that and
+    ``bookkeeping``, an estimate of 1.5 kB for each tensor held. What kernels take within one
+    operation is in neither, nor are the interpreter and the libraries (about 300 MB).
 
     Args:
         optimizer, loss_fn, opt_params, model_params, batches: as in `unroll`.
@@ -171,18 +177,32 @@ class _Held:
     def __init__(self, optimizer: Optimizer, loss_fn: Any, given: Tree, wrt: str, outer: str):
         self.optimizer, self.loss_fn, self.given = optimizer, loss_fn, given
         self.wrt, self.outer = wrt, outer
+        self.found: dict[str, tuple[int, int]] = {}  # choices share their short unrolls
 
     def planned(self, options: dict[str, Any], horizon: int) -> PlannedUnroll:
+        carry = self.cotangent()
+        held, passes = self.grown(options, horizon, 0, float(_bytes(carry)))
+        count = sum(x is not None for x in trees.leaves(carry))
+        tensors, _ = self.grown(options, horizon, 1, float(count))
+        return PlannedUnroll(options, round(held), passes, round(tensors * _EACH))
+
+    def grown(
+        self, options: dict[str, Any], horizon: int, which: int, cotangent: float
+    ) -> tuple[float, int]:
+        """Bytes (``which`` = 0) or tensors (1) at the peak of a long unroll; forward passes."""
         schedule = options.get("checkpoint")
         rest = {k: v for k, v in options.items() if k != "checkpoint"}
-        at = functools.partial(self.peak, options=rest)
+
+        def at(steps: int, schedule: Any = None) -> int:
+            return self.peak(steps, rest, schedule)[which]
+
         if schedule is None:
             # The first steps and the last hold less: nothing comes before them, or after.
             low, high = at(4), at(8)
-            return PlannedUnroll(options, round(low + (high - low) / 4 * (horizon - 4)), 1)
+            return low + (high - low) / 4 * (horizon - 4), 1
         # Schedules keep states and the graphs of a few steps. What one more of each costs shows in
         # three short loops: "sqrt" cuts 5 and 8 steps into pieces of one, 10 into five of two.
-        five, eight, ten = (at(t, schedule="sqrt") for t in (5, 8, 10))
+        five, eight, ten = (at(t, "sqrt") for t in (5, 8, 10))
         state = (eight - five) / 3
         graph, start = ten - five, five - 4 * state
         if schedule == "sqrt":
@@ -192,17 +212,17 @@ class _Held:
                 (count - 1) * state + (min(size, horizon - (count - 1) * size) - 1) * graph,
                 (count - 2) * state + (size - 1) * graph if count > 1 else 0,
             )
-            return PlannedUnroll(options, round(start + most), 2)
+            return start + most, 2
         depth, stride = treeverse_plan(horizon, schedule)
         # Each further level of nesting holds the cotangent of a state while it waits.
-        most = _treeverse_cost(schedule, depth, stride, horizon, (state, self.cotangent(), graph))
-        return PlannedUnroll(options, round(start - self.cotangent() + most), depth + 2)
+        most = _treeverse_cost(schedule, depth, stride, horizon, (state, cotangent, graph))
+        return start - cotangent + most, depth + 2
 
-    def cotangent(self) -> float:
+    def cotangent(self) -> Tree:
+        """What of a state has a cotangent."""
         _, model_params, _, arguments = self.given
-        hidden = self.hidden()
-        carry = (model_params, hidden, arguments.get("model_state"))
-        return float(_bytes(trees.map(lambda x: x if _is_floating(x) else None, carry)))
+        carry = (model_params, self.hidden(), arguments.get("model_state"))
+        return trees.map(lambda x: x if _is_floating(x) else None, carry)
 
     def hidden(self) -> Tree:
         opt_params, model_params, _, arguments = self.given
@@ -212,8 +232,14 @@ class _Held:
             opt_params, model_params, num_steps=arguments["num_steps"]
         )
 
-    def peak(self, steps: int, options: dict[str, Any], schedule: Any = None) -> int:
-        """Bytes alive at most in a short unroll and its meta-gradient."""
+    def peak(self, steps: int, options: dict[str, Any], schedule: Any = None) -> tuple[int, int]:
+        """Bytes, and tensors, alive at most in a short unroll and its meta-gradient."""
+        key = repr((steps, sorted(options.items()), schedule))
+        if key not in self.found:
+            self.found[key] = self._peak(steps, options, schedule)
+        return self.found[key]
+
+    def _peak(self, steps: int, options: dict[str, Any], schedule: Any) -> tuple[int, int]:
         options = dict(options)
         coordinates = options.pop("chunked", None)
         optimizer = self.optimizer if coordinates is None else chunked(self.optimizer, coordinates)
@@ -253,7 +279,7 @@ class _Held:
                 wanted = [x for x in trees.leaves(chosen) if x.requires_grad]
                 if value.requires_grad:
                     torch.autograd.grad(value, wanted, allow_unused=True)
-        return count.peak
+        return count.peak, count.most
 
 
 def _treeverse_cost(

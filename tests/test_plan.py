@@ -6,6 +6,7 @@ import torch
 import fmeta
 from fmeta import trees
 from fmeta._live_bytes import LiveBytes
+from fmeta._plan import _EACH
 from fmeta.random import fold_in
 
 T = 14
@@ -42,7 +43,7 @@ def measured(rule, loss, params, batches, options):
     with LiveBytes() as live:
         run = fmeta.unroll(rule, loss, theta, params, batches, **options)
         run.losses.mean().backward()
-    return live.peak
+    return live
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -53,8 +54,10 @@ def test_it_predicts_what_is_held_within_a_fifth(name):
     choices = CHOICES if name == "linear" else [CHOICES[1], CHOICES[4]]
     plan = fmeta.plan_memory(rule, loss, rule.init(), params, batches, choices=choices)
     for found in plan.choices:
-        held = measured(rule, loss, params, batches, found.options)
-        assert abs(found.bytes - held) < 0.2 * held, (found.options, found.bytes, held)
+        live = measured(rule, loss, params, batches, found.options)
+        assert abs(found.bytes - live.peak) < 0.2 * live.peak, (found.options, live.peak)
+        tensors = found.bookkeeping / _EACH
+        assert abs(tensors - live.most) < 0.2 * live.most, (found.options, tensors, live.most)
 
 
 def test_it_prints_a_table_and_picks_what_fits():
@@ -74,7 +77,7 @@ def test_longer_ones_can_be_planned_from_a_few_batches():
     rule = RULES["linear"]
     few = tuple(b[:2] for b in batches)
     plan = fmeta.plan_memory(rule, loss, rule.init(), params, few, horizon=T, choices=[{}])
-    held = measured(rule, loss, params, batches, {})
+    held = measured(rule, loss, params, batches, {}).peak
     assert abs(plan.choices[0].bytes - held) < 0.2 * held
 
 
