@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +110,8 @@ def implicit_gradient(
     residual = _norm(left) / _norm(v).clamp_min(torch.finfo(loss.dtype).tiny)
 
     u = trees.map(torch.Tensor.detach, u)
-    along = [torch.func.grad(lambda m, s=s: _dot(s(params, m), u))(meta_params) for s in slopes]
-    slope = _norm(_sum([s(params, meta_params) for s in slopes]))
+    along = (torch.func.grad(lambda m, s=s: _dot(s(params, m), u))(meta_params) for s in slopes)
+    slope = _norm(_sum(s(params, meta_params) for s in slopes))
     grads = trees.map(torch.sub, direct, _sum(along))
     return ImplicitGradient(grads, loss, residual, slope)
 
@@ -174,7 +174,7 @@ def _exact(product: Callable[[Tree], Tree], v: Tree) -> Tree:
     return trees.unflatten(spec, parts)
 
 
-def _sum(parts: list[Any]) -> Any:
+def _sum(parts: Iterable[Any]) -> Any:
     return functools.reduce(lambda x, y: trees.map(torch.add, x, y), parts)
 
 

@@ -1,6 +1,5 @@
 """`implicit` against an exact solve of another program, closed forms, and `full` at length."""
 
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ from torch.nn import functional as F
 
 import fmeta
 from fmeta import estimators, optimizers, trees
-from fmeta.tasks import TaskFamily, logistic_regression, mixture, quadratic, sample_task
+from fmeta._live_bytes import LiveBytes
+from fmeta.tasks import TaskFamily, digits, logistic_regression, mixture, quadratic, sample_task
 from fmeta.testing import check_estimator
 
 DOUBLE = torch.float64
@@ -348,30 +348,26 @@ def test_a_task_that_diverges_is_left_out():
     assert got.grads.isfinite().all()
 
 
-def test_no_graph_of_training_is_kept():
-    """At any horizon equally few tensors of the loss live at once."""
-    alive = {}
-    for steps in (5, 50):
-        seen, most = [], [0]
+def test_memory_does_not_grow_with_the_horizon():
+    """Where that of `full` does, on the same batches of digits."""
+    family = digits((8,), batch_size=32)
+    log_decay = torch.tensor(-3.0)
 
-        def loss(data, config, p, batch, seen=seen, most=most):
-            x = p * batch
-            seen.append(weakref.ref(x))
-            most[0] = max(most[0], sum(r() is not None for r in seen))
-            return x.square().sum()
+    def loss(data, config, p, batch, log_decay):
+        penalty = log_decay.exp() / 2 * sum(x.square().sum() for x in p.values())
+        return family.loss(data, config, p, batch) + penalty
 
-        family = TaskFamily(
-            (),
-            lambda g: {},
-            lambda c, g: torch.ones(3),
-            lambda c, g, steps, split="train": torch.rand(steps, generator=g),
-            loss,
-        )
-        sgd = optimizers.sgd(0.1)
-        options = {"num_tasks": 2, "horizon": steps, "proximal": 1.0, "solver": "cg"}
-        first(estimators.implicit(sgd, family, **options), torch.ones(3))
-        alive[steps] = most[0]
-    assert alive[50] == alive[5]
+    peaks = {}
+    for build in (estimators.full, estimators.implicit):
+        for steps in (40, 160):
+            options = {"inner_loss": loss, "eval_split": "validation", "bind": no_rule}
+            estimator = build(optimizers.sgd(0.1), family, num_tasks=2, horizon=steps, **options)
+            state = estimator.init(log_decay, 0)
+            with LiveBytes() as count:
+                estimator.estimate(log_decay, state)
+            peaks[build.__name__, steps] = count.peak
+    assert peaks["full", 160] > 3 * peaks["full", 40]
+    assert peaks["implicit", 160] < 1.2 * peaks["implicit", 40]
 
 
 # Rules
