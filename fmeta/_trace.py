@@ -7,9 +7,11 @@ results, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,9 +20,53 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta import trees
 
-__all__ = ["VIEWS", "Traced", "edits", "equal", "recording", "simplify", "uncompilable"]
+__all__ = [
+    "VIEWS",
+    "Traced",
+    "edits",
+    "equal",
+    "for_compiler",
+    "recording",
+    "simplify",
+    "uncompilable",
+]
 
 recording = threading.Lock()  # which is for one thread at a time
+
+# What is written out number by number has many terms, of which torch would else keep partial sums
+# in memory; a product is not rounded before it is added.
+_OPTIONS = {
+    "realize_opcount_threshold": 10**6,
+    "realize_cpu_opcount_threshold": 10**6,
+    "realize_acc_reads_threshold": 10**6,
+    "realize_cpu_acc_reads_threshold": 10**6,
+    "cpp.max_horizontal_fusion_size": 64,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+_for_compiler: ContextVar[bool] = ContextVar("_for_compiler", default=False)
+
+
+def for_compiler() -> bool:
+    """Whether what runs now is recorded for a compiler and never differentiated.
+
+    Then a rule does well to be written out number by number, which makes few loops without
+    temporaries of it; where every operation is a call, it would be many more of them.
+    """
+    return _for_compiler.get()
+
+
+def _options() -> dict[str, Any]:
+    known = torch._inductor.list_options()
+    return {name: value for name, value in _OPTIONS.items() if name in known}
+
+
+@contextlib.contextmanager
+def _compiling(yes: bool) -> Iterator[None]:
+    token = _for_compiler.set(yes)
+    try:
+        yield
+    finally:
+        _for_compiler.reset(token)
 
 
 class Traced:
@@ -36,10 +82,19 @@ class Traced:
             only, after a compilation of 15 to 40 seconds. What cannot be recorded is an error.
         after: so many calls of each kind go to ``fn`` itself before one is recorded, which takes
             as long as many calls do.
+        written_out: whether rules see that they are recorded for a compiler (`for_compiler`): where
+            they are not differentiated within ``fn``.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, compile: bool = False, after: int = 0) -> None:
-        self.fn, self.compile, self.after = fn, compile, after
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        compile: bool = False,
+        after: int = 0,
+        written_out: bool = False,
+    ) -> None:
+        self.fn, self.compile, self.after, self.written_out = fn, compile, after, written_out
         self.recorded: dict[Any, Any] = {}
         self.calls: Counter[Any] = Counter()
 
@@ -51,7 +106,7 @@ class Traced:
                 if self.calls[key] < self.after:
                     self.calls[key] += 1
                     return self.fn(*args)
-                with recording:
+                with recording, _compiling(self.compile and self.written_out):
                     self.recorded[key] = self._record(flat, spec)
             replay, out_spec = self.recorded[key]
             if replay is None:
@@ -75,7 +130,8 @@ class Traced:
         if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
-            return torch.compile(module, fullgraph=True, dynamic=False), out[0]
+            options = _options() if self.written_out else None
+            return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation
 
     def _unrecorded(self, error: Exception | None) -> tuple[None, None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._memory import keep_freed_memory
 from fmeta._trace import Traced
 from fmeta._trace_gradient import TracedWithGradient
 from fmeta._unroll import InnerState, inner_step, unroll
@@ -39,6 +40,7 @@ def by_steps(
     A chunk of members makes all steps before the next one begins, so that what it works on stays
     in the cache.
     """
+    keep_freed_memory()
     loss_fn = loss_of_task(family)
     extras = extras_of_task(family, optimizer)
     inner = inner_step(optimizer, loss_fn, first_order=first_order)
@@ -67,7 +69,7 @@ def by_steps(
         step = (
             TracedWithGradient(step, 3, compile=compile)
             if differentiated
-            else Traced(step, compile=compile)
+            else Traced(step, compile=compile, written_out=True)
         )
 
     def advance_chunk(
@@ -111,6 +113,7 @@ def by_unroll(
     **options: Any,
 ) -> Advance:
     """`fmeta.unroll` with these options, which can be differentiated."""
+    keep_freed_memory()
     loss_fn = loss_of_task(family)
     extras = extras_of_task(family, optimizer)
 

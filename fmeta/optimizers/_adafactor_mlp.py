@@ -13,6 +13,7 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, fused
 from fmeta.optimizers._adafactor_mlp_net import Decays, Net, net_of, planes, start, steps, width
 from fmeta.optimizers._adafactor_mlp_tiles import tiled
+from fmeta.optimizers._adafactor_mlp_written import is_written_out, written_out
 from fmeta.optimizers._common import check_number
 from fmeta.optimizers._coordinate_net import draw_layers, tile_size
 from fmeta.optimizers._features import is_unobserved
@@ -102,6 +103,8 @@ def adafactor_mlp(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if p.numel() == 0:
             return torch.zeros_like(p), {**h, "count": h["count"] + 1}
+        if is_written_out(net, p, batch):
+            return written_out(net, p, g, h)
         if not is_unobserved(p, g, *(h[name] for name in planes(net)), *net.tensors()):
             return steps(net, p, g, h, batch)
         large = compile and not batch and p.ndim > 1 and p.numel() > FUSED_NUMEL

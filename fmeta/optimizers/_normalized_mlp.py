@@ -29,6 +29,7 @@ from fmeta.optimizers._normalized_mlp_net import (
     normalized_delta,
 )
 from fmeta.optimizers._normalized_mlp_tiles import Net, tiled
+from fmeta.optimizers._normalized_mlp_written import is_written_out, written_out
 from fmeta.random import own
 
 __all__ = ["from_celo2", "normalized_mlp"]
@@ -154,6 +155,10 @@ def normalized_mlp(
         th, axes = weights.th, axes_of(tuple(p.shape), batch)
         numbers = [x for x in (lr, weight_decay) if isinstance(x, Tensor)]
         post = orthogonalized if orthogonalize and axes.factored is not None else None
+        if is_written_out(p, batch):
+            step, h = written_out(th, p, g, h, axes)
+            step = step if post is None else post(step)
+            return normalized_delta(step, p, lr, weight_decay, axes), h
         if axes.factored is not None and is_unobserved(p, g, *h.values(), *th.values(), *numbers):
             size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
             if compile and not batch and p.numel() > min(FUSED_NUMEL, size):

@@ -1,0 +1,59 @@
+"""`adafactor_mlp` written out unit by unit, for a step that is recorded and compiled as a whole.
+
+The formulas are those of `fmeta.optimizers._adafactor_mlp_net.steps`. There features are laid out
+in memory for a matrix product; here they are numbers of a coordinate, which never leave the
+registers of a compiled loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fmeta._trace import for_compiler
+from fmeta.optimizers._adafactor_mlp_net import Net, axes_of, of_sides, planes, second_moments
+from fmeta.optimizers._coordinate_net import EPS, time_bias
+from fmeta.optimizers._fused import layer
+
+__all__ = ["is_written_out", "written_out"]
+
+# Smaller tensors are not worth the longer compilation, wider layers are too long.
+_COORDINATES, _UNITS = 2**10, 8
+
+
+def is_written_out(net: Net, p: Tensor, batch: int) -> bool:
+    """Whether this is the form for a tensor."""
+    if not for_compiler() or batch or p.ndim < 2 or p.numel() < _COORDINATES:
+        return False
+    return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= _UNITS
+
+
+def written_out(
+    net: Net, p: Tensor, g: Tensor, h: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``-step_mult d exp(exp_mult e)`` and the new state, of a tensor of at least two axes."""
+    axes, square, new = axes_of(p, 0), g * g, {}
+    assert axes is not None
+    second = second_moments(net, h, {"row": square.mean(axes[1]), "col": square.mean(axes[0])})
+    sides = of_sides(net, second, axes, 0)
+    for name, weight in zip(planes(net), (*net.momentum, *net.rms), strict=True):
+        new[name] = torch.lerp(h[name], square if name.startswith("rms") else g, weight)
+    m = [new[f"m{i}"] for i in range(len(net.momentum))]
+    v = [new[f"rms{i}"] for i in range(len(net.rms))]
+    root = [torch.rsqrt(x + 1e-6) for x in v]
+    pairs = zip(sides.row_factor.unbind(0), sides.col_factor.unbind(0), strict=True)
+    factor = [row * col for row, col in pairs]
+    over_root = [x * root[min(i, len(root) - 1)] for i, x in enumerate(m)]
+    rows = [g, p, *m, *v, *over_root, *root, *(f * g for f in factor)]
+    rows += [x * f for x, f in zip(m, factor, strict=True)]
+    squares = torch.stack([x.square().sum() for x in rows])
+    columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
+    bias = (sides.row_bias + time_bias(net.time, h["count"], p, 0)).unbind(0)
+    x = [a + b for a, b in zip(bias, sides.col_bias.unbind(0), strict=True)]
+    x = layer(rows, columns, x)
+    for w, b in net.layers:
+        x = layer([torch.relu(u) for u in x], w, list(b.squeeze(1).unbind(0)))
+    direction, magnitude = x
+    return direction * torch.exp(magnitude), {**new, **second, "count": h["count"] + 1}
