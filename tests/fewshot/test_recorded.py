@@ -1,0 +1,88 @@
+"""Meta-gradients are the same after they have been recorded, in chunks, and compiled."""
+
+import pytest
+import torch
+
+from fmeta import fewshot, trees
+from fmeta.fewshot import _meta_batch
+
+from . import kit
+
+
+def estimates(monkeypatch, name, episodes, **options):
+    """The same estimate twice: by the learner's functions, then replayed."""
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 1)
+    made = []
+
+    class Spy(_meta_batch.Traced):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            made.append(self)
+
+    monkeypatch.setattr(_meta_batch, "Traced", Spy)
+    learner = kit.LEARNERS[name](**options)
+    meta_params = learner.init()
+    found = [learner.estimate(meta_params, episodes, 0.25) for _ in range(2)]
+    recorded = [replay for replay, _ in made[-1].recorded.values()]
+    assert recorded
+    assert None not in recorded
+    return learner, meta_params, found
+
+
+@pytest.mark.parametrize("name", ["maml", "first_order_maml", "maml_plus_plus", "llama"])
+def test_replayed_estimates_are_equal_bit_for_bit(monkeypatch, name):
+    episodes = kit.points()[1]
+    learner, meta_params, (first, second) = estimates(monkeypatch, name, episodes)
+    assert all(map(torch.equal, trees.leaves(first.grads), trees.leaves(second.grads)))
+    other = kit.points(seed=1)[1]
+    fresh = kit.LEARNERS[name]()
+    got, want = (x.estimate(meta_params, other, 0.75) for x in (learner, fresh))
+    assert torch.equal(got.loss, want.loss)
+    assert all(map(torch.equal, trees.leaves(got.grads), trees.leaves(want.grads)))
+
+
+def test_meta_parameters_that_begin_as_one_tensor_part_later(monkeypatch):
+    episodes = kit.points()[1]
+    learner, meta_params, _ = estimates(monkeypatch, "meta_sgd", episodes)
+    rate = torch.full((), 0.1, dtype=torch.float64)
+    rates = trees.map(lambda x: rate.expand(x.shape), meta_params["opt_params"])
+    learner.estimate({**meta_params, "opt_params": rates}, episodes)
+    moved = trees.map(lambda x: x + 0.01 * x.numel(), meta_params["opt_params"])
+    got, want = (
+        x.estimate({**meta_params, "opt_params": moved}, episodes)
+        for x in (learner, kit.LEARNERS["meta_sgd"]())
+    )
+    assert all(map(torch.equal, trees.leaves(got.grads), trees.leaves(want.grads)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_are_recorded_and_give_the_same(monkeypatch, chunk_size):
+    episodes = kit.points(num=5)[1]
+    _, _, found = estimates(monkeypatch, "maml", episodes, chunk_size=chunk_size)
+    _, _, whole = estimates(monkeypatch, "maml", episodes)
+    for got in found:
+        for a, b in zip(trees.leaves(got.grads), trees.leaves(whole[0].grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_convolutions_on_a_cpu_go_in_chunks():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    params = dict(net.named_parameters())
+    x, y = torch.zeros(32, 25, 1, 4, 4), torch.zeros(32, 25)
+    episodes = fewshot.Episode(fewshot.Examples(x, y), fewshot.Examples(x, y))
+    assert _meta_batch._size_in_cache(params, episodes) == 4
+    assert _meta_batch._size_in_cache({"w": torch.zeros(2, 2)}, episodes) == 32
+
+
+@pytest.mark.slow
+def test_compiled_estimates_are_equal_to_rounding():
+    episodes = kit.waves()
+    plain, compiled = (
+        fewshot.maml(kit.regression_net(), num_steps=1, loss="mse", compile=compile)
+        for compile in (False, True)
+    )
+    want = plain.estimate(plain.init(), episodes)
+    for _ in range(2):
+        got = compiled.estimate(plain.init(), episodes)
+        for a, b in zip(trees.leaves(got.grads), trees.leaves(want.grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
