@@ -287,7 +287,10 @@ def test_resuming_a_damaged_checkpoint_says_so(tmp_path, monkeypatch, capsys):
         (["--num-tasks", "1"], "num_tasks must be at least the number of tasks, got 1"),
         (["--baselines", "adan"], "unknown baseline 'adan': did you mean adam"),
         (["--estimator", "ps"], "estimator must be one of pes, nres, es_single, es, trun"),
-        (["--estimator", "full", "--compile"], "compile goes with the estimators pes, nres"),
+        (
+            ["--estimator", "full", "--compile"],
+            "compile goes with the estimators pes, nres, es_single, es, truncated, not with full",
+        ),
         (["--eval-seeds", "1"], "eval_seeds must be at least 2"),
         (["--outer-lr", "0"], "outer_lr must be positive, got 0"),
         (["--outer-lr", "nan"], "outer_lr must be positive, got nan"),

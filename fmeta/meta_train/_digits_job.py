@@ -132,7 +132,7 @@ def _estimator(config: TrainConfig, rule: Optimizer, ranks: Ranks) -> Estimator:
         "ranks": ranks,
     }
     if config.estimator == "truncated":
-        return estimators.truncated(rule, family, **options)
+        return estimators.truncated(rule, family, compile=config.compile, **options)
     # Else a strategy of the same name and arguments.
     evolve = getattr(estimators, config.estimator)
     return evolve(rule, family, std=config.std, compile=config.compile, **options)
