@@ -9,6 +9,10 @@ __all__ = ["safe_sqrt"]
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """The square root, with derivative 0 (of every order) instead of infinity at 0."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    """The square root, with derivative 0 (of every order) instead of infinity at 0.
+
+    It is 0 below 0, where rounding may lead; a NaN stays one, for who divides by a 0 in its place
+    makes a huge step.
+    """
+    none = x <= 0
+    return torch.where(none, 0.0, torch.where(none, 1.0, x).sqrt())

@@ -14,6 +14,7 @@ from fmeta.optimizers._common import (
     check_numbers,
     count,
     ema,
+    ema_of_squares,
     nothing_to_learn,
     safe_sqrt,
 )
@@ -104,7 +105,7 @@ def _adam(lr: Any, betas: Any, eps: Any, eps_root: Any, weight_decay: Any) -> Op
         weight_decay: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps = h["count"] + 1
-        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        m, v = ema(h["m"], g, b1), ema_of_squares(h["v"], g, b2)
         c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
         root = safe_sqrt(v / c2 + eps_root if rooted else v / c2)
         delta = (-lr / c1) * m / (root + eps)

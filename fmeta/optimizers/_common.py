@@ -17,6 +17,7 @@ __all__ = [
     "check_numbers",
     "count",
     "ema",
+    "ema_of_squares",
     "nothing_to_learn",
     "one_minus",
     "safe_sqrt",
@@ -31,6 +32,16 @@ def count(param: Tensor) -> Tensor:
 def ema(average: Tensor, value: Tensor, beta: Any, out: Tensor | None = None) -> Tensor:
     """``beta * average + (1 - beta) * value``, in one operation."""
     return torch.lerp(average, value, 1 - beta, out=out)
+
+
+def ema_of_squares(average: Tensor, value: Tensor, beta: Any) -> Tensor:
+    """`ema` of ``value ** 2``; with a number as beta, one that is infinite stays so.
+
+    It is not NaN then at the next value: the coordinate stands still, as in torch.
+    """
+    if isinstance(beta, (int, float)):
+        return torch.addcmul(beta * average, value, value, value=1 - beta)
+    return ema(average, value * value, beta)
 
 
 def one_minus(decay: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._common import bias_corrections, count, ema, nothing_to_learn
+from fmeta.optimizers._common import bias_corrections, count, ema, ema_of_squares, nothing_to_learn
 from fmeta.optimizers._moments import check_all, check_betas, full_root
 from fmeta.optimizers._trust_ratio import trust_ratio
 
@@ -66,7 +66,7 @@ def lamb(
         batch: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps = h["count"] + 1
-        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        m, v = ema(h["m"], g, b1), ema_of_squares(h["v"], g, b2)
         c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
         u = m / c1 / full_root(v, c2, eps, eps_root) + weight_decay * p
         return -lr * trust_ratio(p, u, batch) * u, {"m": m, "v": v, "count": steps}

@@ -15,6 +15,7 @@ from fmeta.optimizers._common import (
     check_numbers,
     count,
     ema,
+    ema_of_squares,
     nothing_to_learn,
     safe_sqrt,
 )
@@ -120,7 +121,7 @@ def muon(
         **others: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps = h["count"] + 1
-        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        m, v = ema(h["m"], g, b1), ema_of_squares(h["v"], g, b2)
         root = safe_sqrt(v / bias_corrections((b1, b2), steps, p.dtype)[1])
         direction = _corrected(m, g, b1, steps, nesterov) / (root + eps)
         return -adamw_lr * (direction + adamw_decay * p), {"m": m, "v": v, "count": steps}

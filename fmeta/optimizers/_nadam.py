@@ -15,6 +15,7 @@ from fmeta.optimizers._common import (
     check_numbers,
     count,
     ema,
+    ema_of_squares,
     nothing_to_learn,
 )
 from fmeta.optimizers._moments import (
@@ -92,7 +93,7 @@ def nadam(
         if decays and not decoupled_weight_decay:
             g = g + weight_decay * p
         steps = h["count"] + 1
-        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        m, v = ema(h["m"], g, b1), ema_of_squares(h["v"], g, b2)
         c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
         new = {"m": m, "v": v, "count": steps}
         if warms:

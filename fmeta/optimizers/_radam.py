@@ -14,6 +14,7 @@ from fmeta.optimizers._common import (
     check_number,
     count,
     ema,
+    ema_of_squares,
     nothing_to_learn,
 )
 from fmeta.optimizers._moments import check_all, check_betas, full_root, is_off
@@ -89,7 +90,7 @@ def radam(
         if decays and not decoupled_weight_decay:
             g = g + weight_decay * p
         steps = h["count"] + 1
-        m, v = ema(h["m"], g, b1), ema(h["v"], g * g, b2)
+        m, v = ema(h["m"], g, b1), ema_of_squares(h["v"], g, b2)
         c1, c2 = bias_corrections((b1, b2), steps, p.dtype)
         known, rate = _rectification(b2, steps.to(p.dtype), threshold)
         root = full_root(v, c2, eps if corrected_eps else eps / c2.sqrt(), eps_root)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._common import check_numbers, ema, nothing_to_learn, safe_sqrt
+from fmeta.optimizers._common import check_numbers, ema, ema_of_squares, nothing_to_learn, safe_sqrt
 from fmeta.optimizers._moments import is_off
 
 __all__ = ["rmsprop"]
@@ -75,7 +75,7 @@ def rmsprop(
         momentum: Any,
         eps_root: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        new = {"v": ema(h["v"], g * g, alpha)}
+        new = {"v": ema_of_squares(h["v"], g, alpha)}
         second = new["v"]
         if centered:
             new["a"] = ema(h["a"], g, alpha)

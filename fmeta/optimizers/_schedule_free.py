@@ -12,7 +12,7 @@ from fmeta._leafwise import applied_as_is
 from fmeta._leaves import per_leaf
 from fmeta._lift import lift
 from fmeta.optimizer import Hidden, Optimizer
-from fmeta.optimizers._common import bias_corrections, count, ema, nothing_to_learn
+from fmeta.optimizers._common import bias_corrections, count, ema_of_squares, nothing_to_learn
 from fmeta.optimizers._moments import check_all, check_betas, full_root, is_off, varies_within_leaf
 
 __all__ = ["schedule_free_adamw"]
@@ -102,7 +102,7 @@ def schedule_free_adamw(
         weight_lr_power: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps, z = h["count"] + 1, h["z"]
-        v = ema(h["v"], g * g, b2)
+        v = ema_of_squares(h["v"], g, b2)
         c2 = bias_corrections((b2, b2), steps, p.dtype)[0]
         u = g / full_root(v, c2, eps) + weight_decay * p
         t = steps.to(p.dtype)

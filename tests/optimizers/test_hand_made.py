@@ -5,6 +5,7 @@ import torch
 
 import fmeta
 from fmeta import optimizers, trees
+from fmeta._roots import safe_sqrt
 from fmeta.random import fold_in
 
 STEPS = 50
@@ -213,3 +214,31 @@ def test_a_variance_that_rounding_makes_negative_is_none():
     torch.testing.assert_close(delta, -1e4 * g)
     slope = torch.func.grad(lambda g: rule.update({}, torch.zeros(3), g, hidden)[0].sum())(g)
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+        ("rmsprop", torch.optim.RMSprop),
+    ],
+)
+def test_a_square_beyond_float32_stops_the_coordinate_as_in_torch(name, like):
+    """One NaN in the second moment, with a root of 0, would throw it to 1e24."""
+    more = {"weight_decay": 0.01} if name == "adamw" else {}
+    rule = getattr(optimizers, name)(1e-3, **more)
+    p, q = torch.ones(3), torch.nn.Parameter(torch.ones(3))
+    hidden, other = rule.init_hidden({}, p), like([q], lr=1e-3, **more)
+    for size in (1.0, 1e25, 1.0, 1.0):
+        g = torch.tensor([size, 1.0, -size])
+        p, hidden = rule.step({}, p, g, hidden)
+        q.grad = g
+        other.step()
+    torch.testing.assert_close(p, q.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_root_of_nan_is_nan():
+    x = torch.tensor([4.0, 0.0, -1.0, torch.nan, torch.inf])
+    want = torch.tensor([2.0, 0.0, 0.0, torch.nan, torch.inf])
+    torch.testing.assert_close(safe_sqrt(x), want, equal_nan=True)
