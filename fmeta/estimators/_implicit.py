@@ -62,10 +62,11 @@ def implicit(
 
     .. math:: \frac{d\, outer}{dm} = \partial_m outer - \partial_m \langle \nabla_p inner, u \rangle
 
-    is the meta-gradient (`fmeta.implicit_gradient`). Memory grows with neither ``horizon`` nor
-    with what the rule keeps; the solver takes ``num_iterations + 2`` Hessian-vector products on
-    each of ``inner_batches``. It is that of `full` as training comes to the optimum, and biased
-    before: it gives the start of an unfinished training no credit.
+    is the meta-gradient (`fmeta.implicit_gradient`). Memory grows neither with ``horizon`` nor
+    with what the rule keeps (32 batches are looked at together); the solver takes about
+    ``num_iterations + 2`` Hessian-vector products on each of ``inner_batches``. It is that of
+    `full` as training comes to the optimum, and biased before: it takes what training has not
+    done yet for done.
 
     What can be learned is what moves the optimum: whatever ``inner_loss`` reads of ``meta_params``
     (a weight decay, weights of examples, a loss that is a network) and, with ``proximal``, the

@@ -359,15 +359,15 @@ def test_memory_does_not_grow_with_the_horizon():
 
     peaks = {}
     for build in (estimators.full, estimators.implicit):
-        for steps in (40, 160):
+        for steps in (36, 108):
             options = {"inner_loss": loss, "eval_split": "validation", "bind": no_rule}
             estimator = build(optimizers.sgd(0.1), family, num_tasks=2, horizon=steps, **options)
             state = estimator.init(log_decay, 0)
             with LiveBytes() as count:
                 estimator.estimate(log_decay, state)
             peaks[build.__name__, steps] = count.peak
-    assert peaks["full", 160] > 3 * peaks["full", 40]
-    assert peaks["implicit", 160] < 1.2 * peaks["implicit", 40]
+    assert peaks["full", 108] > 2 * peaks["full", 36]
+    assert peaks["implicit", 108] < 1.2 * peaks["implicit", 36]
 
 
 # Rules
@@ -446,7 +446,7 @@ def test_meta_training_with_it_learns_a_start():
     """Towards the mean of the optima, which is 0."""
     outer = optimizers.adam(0.2)
     found = fmeta.meta_train.run(
-        of_bowls(proximal=1.0, horizon=20), START, outer=outer, num_steps=60
+        of_bowls(proximal=1.0, horizon=20), START, outer=outer, num_steps=40
     )
     assert found.meta_params.norm() < 0.4 * START.norm()
 
