@@ -15,7 +15,7 @@ from torch import Tensor
 from fmeta.optimizers._adafactor_mlp_net import Net, of_sides, planes, second_moments
 from fmeta.optimizers._coordinate_net import EPS, Layers, time_bias
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._fused import compiled, layer, one_loop, sums_of_squares
+from fmeta.optimizers._fused import compiled, layer, of_one_order, one_loop, sums_of_squares
 
 __all__ = ["MOST_UNITS", "fused"]
 
@@ -30,15 +30,16 @@ def fused(
     names, n, axes = planes(net), len(net.momentum), factored_axes(p.shape)
     row, col = compiled(_squared_means)(g, axes[1], axes[0])
     second = second_moments(net, h, {"row": row, "col": col})
-    sides = of_sides(net, second, axes, 0)
-    zeros = one_loop(sides.row_factor[0], sides.col_factor[0])
+    bias = time_bias(net.time, h["count"], p, 0)
+    sides = of_one_order(of_sides(net, second, axes, 0), axes)
+    row_factor, col_factor, row_bias, col_bias = sides
+    zeros = one_loop(row_factor[0], col_factor[0])
     old, weights = [h[name] for name in names], [*net.momentum, *net.rms]
-    seen = (sides.row_factor, sides.col_factor, zeros, p, g)
+    seen = (row_factor, col_factor, zeros, p, g)
     new, sums = compiled(_moments_and_squares)(old, weights, n, *seen)
     squares = torch.cat([x.reshape(1) for x in sums])
     columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
-    bias = sides.row_bias + time_bias(net.time, h["count"], p, 0)
-    delta = compiled(_steps)(columns, net.layers, bias, sides.col_bias, new, n, *seen)
+    delta = compiled(_steps)(columns, net.layers, row_bias + bias, col_bias, new, n, *seen)
     return delta, {**dict(zip(names, new, strict=True)), **second, "count": h["count"] + 1}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as _shapes
 
-__all__ = ["FUSED_NUMEL", "compiled", "layer", "one_loop", "sums_of_squares"]
+__all__ = ["FUSED_NUMEL", "compiled", "layer", "of_one_order", "one_loop", "sums_of_squares"]
 
 # Smaller tensors are stacked and updated together, which no compiled loop would make faster.
 FUSED_NUMEL = 2**13
@@ -73,6 +73,21 @@ def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Tensor]) -> list[Ten
             total = torch.addcmul(total, row, weight)
         outputs.append(total)
     return outputs
+
+
+def of_one_order(sides: Sequence[Tensor], factored: tuple[int, int] | None) -> Sequence[Tensor]:
+    """Factors and biases of rows and columns, those that lack the later axis first.
+
+    A pass takes them alike, and torch would compile it again for other axes of size 1.
+
+    Args:
+        sides: factors of rows and of columns, biases of rows and of columns.
+        factored: ``(d1, d0)``; rows lack d0, columns d1.
+    """
+    row_factor, col_factor, row_bias, col_bias = sides
+    if factored is None or factored[0] < factored[1]:
+        return sides
+    return col_factor, row_factor, col_bias, row_bias
 
 
 def one_loop(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:

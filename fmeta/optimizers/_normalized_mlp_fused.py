@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmeta.optimizers._common import ema
 from fmeta.optimizers._features import is_unobserved, sum_of_squares
-from fmeta.optimizers._fused import compiled, layer, one_loop, sums_of_squares
+from fmeta.optimizers._fused import compiled, layer, of_one_order, one_loop, sums_of_squares
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
@@ -49,7 +49,8 @@ def fused_delta(
     """
     p, g = (x.contiguous() for x in (p, g))  # loops of one kind, along memory
     new = second_moments(h, *means)
-    row_factor, col_factor, row_bias, col_bias = factored_features(th, new, axes)
+    sides = of_one_order(factored_features(th, new, axes), axes.factored)
+    row_factor, col_factor, row_bias, col_bias = sides
     zeros = one_loop(row_factor[0], col_factor[0])
     old = [h[name] for name in MOMENTS]
     seen = (row_factor, col_factor, zeros, p, g)

@@ -110,7 +110,8 @@ def test_other_sizes_and_numbers_compile_nothing_again():
 
     trained("normalized_mlp", (200, 80), torch.float32, compile=True)
     before = counters["stats"]["unique_graphs"]
-    trained("normalized_mlp", (300, 90), torch.float32, compile=True)
+    for shape in [(300, 90), (90, 300), (128, 128)]:
+        trained("normalized_mlp", shape, torch.float32, compile=True)
     rule = optimizers.normalized_mlp(lr=0.25, weight_decay=0.5, compile=True)
     params = {"w": torch.ones(201, 81)}
     rule.step(rule.init(), params, params, rule.init_hidden(rule.init(), params))
