@@ -8,8 +8,8 @@ two for a particle, one for each of a pair of copies.
 - "eager" runs the step under `vmap` each time, "recorded" (the default of PES) replays its
   operations, "compiled" hands them (and their derivative) to torch.compile first.
 - "JAX" is the same rule and the same estimate under `jit`, `vmap` over the particles of a
-  `lax.scan` (`_jax_rules.py`, `_jax_estimators.py`); before anything is timed, it must give fmeta's
-  numbers from the same draws (`_jax_check.py`).
+  `lax.scan` (`_jax_rules.py`, `_jax_estimators.py`); before anything is timed, its inner steps must
+  give fmeta's numbers, with ``--check`` whole estimates from the same draws (`_jax_check.py`).
 - All work on a chunk of members at a time, so that these stay in the cache.
 - FLOPs are those of matrix products, counted by torch in the step as it is, for all ways alike;
   "products" is the rate of exactly these products, of the same shapes and layouts, one after the
@@ -192,13 +192,13 @@ def measure(name: str, model: str, kind: str, particles: int, repeats: int) -> d
     return row | {f"{way}, cold s": cold[way] for way in builds}
 
 
-def check(rules: list[str], models: list[str]) -> None:
+def check(rules: list[str], models: list[str], estimates: bool) -> None:
     """Raises a SystemExit unless JAX gives fmeta's numbers."""
     from _jax_check import agreement
 
     for name in rules:
         for model in models:
-            found = ", ".join(f"{k} {v:.1e}" for k, v in agreement(name, model).items())
+            found = ", ".join(f"{k} {v:.1e}" for k, v in agreement(name, model, estimates).items())
             print(f"JAX beside fmeta, largest difference, {name}, {model}: {found}", flush=True)
 
 
@@ -207,13 +207,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--particles", nargs="+", type=int, help="default: 16 64 256")
+    parser.add_argument(
+        "--particles",
+        nargs="+",
+        type=int,
+        help="default: 16 64 256; of a CNN and of truncated gradients the middle one alone",
+    )
     parser.add_argument("--models", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"])
     parser.add_argument(
         "--estimates", nargs="+", choices=("pes", "truncated"), default=["pes", "truncated"]
     )
     parser.add_argument(
-        "--no-check", action="store_true", help="do not compare JAX's numbers with fmeta's first"
+        "--check",
+        action="store_true",
+        help="compare whole estimates with JAX's first, not inner steps alone (a minute each)",
     )
     return parser.parse_args()
 
@@ -224,15 +231,15 @@ def main() -> None:
     sizes = args.particles or ([4] if args.quick else [16, 64, 256])
     if jax is None:
         print("JAX is not installed (the bench extra): its columns are left out")
-    elif not args.no_check:
-        check(args.rules, args.models)
+    else:
+        check(args.rules, args.models, args.check)
     rows = []
     for kind in args.estimates:
         for model in args.models:
             for name in args.rules:
                 for n in sizes:
-                    if model == "cnn" and n != sizes[len(sizes) // 2]:
-                        continue  # one size shows what a CNN costs
+                    if (model == "cnn" or kind == "truncated") and n != sizes[len(sizes) // 2]:
+                        continue  # one size shows what these cost
                     # Larger sizes are longer calls, of which fewer are needed.
                     repeats = 2 if args.quick or n > 100 else 3 if n > 32 else 7
                     rows.append(measure(name, model, kind, n, repeats))
