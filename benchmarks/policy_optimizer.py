@@ -23,7 +23,7 @@ steps; "drift": the difference, above 0 where going on did harm; "worst": the la
 paired where differences are told); with ``--meta-seeds`` above 1 each way is meta-trained so often,
 and the losses of a task are the mean over these.
 
-Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 10 minutes.
+Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 3 minutes.
 In parts: ``--folder runs/policy`` keeps what was meta-trained and goes on from there; ``--only
 "small net"`` leaves out the other tasks.
 """
