@@ -55,7 +55,8 @@ class TracedWithGradient:
         if passes is None:
             return self.fn(*args)
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in flat):
-            return trees.unflatten(passes.spec, passes.values(*flat)[: passes.outputs])
+            found = passes.values(*(x.detach() for x in flat))
+            return trees.unflatten(passes.spec, found[: passes.outputs])
         return trees.unflatten(passes.spec, _Replayed.apply(passes, *flat))
 
     def _record(self, flat: list[Tensor], spec: Any, count: int) -> _Passes | None:
@@ -136,7 +137,8 @@ class _Passes(NamedTuple):
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passes: _Passes, *flat: Tensor) -> tuple[Tensor, ...]:
-        found = passes.values(*flat)
+        # Detached: what requires grad would be compiled once more.
+        found = passes.values(*(x.detach() for x in flat))
         outputs, more = found[: passes.outputs], found[passes.outputs :]
         ctx.passes, ctx.inputs = passes, len(flat)
         ctx.save_for_backward(*(flat[i] for i in passes.kept), *more)
@@ -150,7 +152,7 @@ class _Replayed(torch.autograd.Function):
             raise RuntimeError("recorded steps can be differentiated once: leave compile=True out")
         passes = ctx.passes
         given = [c for c, smooth in zip(cotangents, passes.smooth, strict=True) if smooth]
-        found = passes.gradients(*ctx.saved_tensors, *given)
+        found = passes.gradients(*(x.detach() for x in ctx.saved_tensors), *given)
         grads: list[Tensor | None] = [None] * ctx.inputs
         for i, grad in zip(passes.learned, found, strict=True):
             grads[i] = grad
