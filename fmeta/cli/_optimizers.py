@@ -19,6 +19,7 @@ __all__ = ["OptimizersConfig", "run_optimizers"]
 
 _SIDE = 1024  # of the matrix whose hidden state is counted
 _SOURCE = 90  # characters of a source
+_SHORT = 40  # and where lines are short, without titles
 _WIDE = 110  # characters of a line that hold the summaries too
 
 
@@ -54,7 +55,7 @@ def run_optimizers(config: OptimizersConfig) -> int:
             learns,
             f"{_hidden_bytes(rule):.3g}",
             "\n".join(sorted(rule.needs)),
-            escape(_source(builder)),
+            escape(_source(builder, titles=wide)),
             *([escape(_summary(builder))] if wide else []),
         )
     console.print(table)
@@ -102,10 +103,14 @@ def _summary(builder: Callable[..., Optimizer]) -> str:
     return (re.split(r":? ?``", first)[0] or first.replace("``", "")).rstrip(" :,.")
 
 
-def _source(builder: Callable[..., Optimizer]) -> str:
-    """What the docstring gives as the reference."""
+def _source(builder: Callable[..., Optimizer], *, titles: bool) -> str:
+    """What the docstring gives as the reference; titles are left out where lines are short."""
     found = re.search(r"^Reference:\n((?: +.*\n?)+)", inspect.getdoc(builder) or "", re.MULTILINE)
-    return textwrap.shorten(found[1], _SOURCE, placeholder=" ...") if found else ""
+    if not found:
+        return ""
+    if titles:
+        return textwrap.shorten(found[1], _SOURCE, placeholder=" ...")
+    return textwrap.shorten(re.sub(r',?\s+"[^"]*"', "", found[1]), _SHORT, placeholder=" ...")
 
 
 def _all_about(builder: Callable[..., Optimizer]) -> str:
