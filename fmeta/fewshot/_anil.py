@@ -39,6 +39,6 @@ def anil(
     Reference:
         Raghu et al., "Rapid learning or feature reuse?" (1909.09157), section 4.
     """
-    model = as_model(network)
+    model = as_model(network, options.get("batch_norm", "transductive"))
     rule = sgd(lr) if optimizer is None else optimizer
     return gradient_based(model, rule, adapts=head or model.is_head, **options)

@@ -16,7 +16,7 @@ from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import gradient_based
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, check_episodes, estimate_by, shown
-from fmeta.fewshot._model import as_model, check_batch_norm
+from fmeta.fewshot._model import as_model
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import adam, sgd
 from fmeta.random import fold_in
@@ -98,8 +98,7 @@ def fine_tune(
         "Baseline".
     """
     check_sizes(ways=ways, num_classes=num_classes, num_steps=num_steps, chunk_size=chunk_size)
-    check_batch_norm(batch_norm)
-    model, loss, rule = as_model(network), loss_named("cross_entropy"), sgd(lr)
+    model, loss, rule = as_model(network, batch_norm), loss_named("cross_entropy"), sgd(lr)
     known = model.num_features if num_features is None else num_features
     if known is None:
         raise ValueError("fine_tune must know how many features the network makes: num_features=")

@@ -14,7 +14,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown
-from fmeta.fewshot._model import Model, as_model, check_batch_norm
+from fmeta.fewshot._model import Model, as_model
 from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
 
@@ -183,7 +183,7 @@ def gradient_based(
         batch_norm: what a network that normalises uses on the query set. ``"transductive"``: the
             statistics of all query inputs together, as in MAML's own results, so that a prediction
             depends on what else is asked. ``"support"``: those of the support set at the adapted
-            parameters. Inner steps always use those of the support set.
+            parameters. Inner steps always use those of the support examples they see.
         batch_size: support examples in an inner step, taken in turn; None: all in each.
         step_weights: ``step_weights(progress, num_steps) -> (num_steps,)``: the meta-loss is the
             weighted sum of the query losses after each step; None: the last one alone.
@@ -204,8 +204,7 @@ def gradient_based(
     """
     check_optimizer_type(optimizer, "optimizer")
     check_sizes(num_steps=num_steps, chunk_size=chunk_size, batch_size=batch_size)
-    check_batch_norm(batch_norm)
-    model = as_model(network)
+    model = as_model(network, batch_norm)
     names = list(model.init(fold_in(0)))
     adapts = adapts or (lambda name: True)
     if not any(map(adapts, names)):

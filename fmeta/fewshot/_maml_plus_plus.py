@@ -58,7 +58,7 @@ def maml_plus_plus(
         each[-1] = 1 - (steps - 1) * early
         return each
 
-    model = as_model(network)
+    model = as_model(network, options.get("batch_norm", "transductive"))
     adapts = options.get("adapts") or (lambda name: True)
     like = {k: v for k, v in model.init(fold_in(0)).items() if adapts(k)}
     return gradient_based(

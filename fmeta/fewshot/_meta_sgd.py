@@ -29,7 +29,7 @@ def meta_sgd(network: Any, *, lr: float = 0.1, num_steps: int = 1, **options: An
         Li et al., "Meta-SGD: learning to learn quickly for few-shot learning" (1707.09835),
         algorithm 1.
     """
-    model = as_model(network)
+    model = as_model(network, options.get("batch_norm", "transductive"))
     adapts = options.get("adapts") or (lambda name: True)
     like = {k: v for k, v in model.init(fold_in(0)).items() if adapts(k)}
     return gradient_based(model, per_parameter_sgd(like, lr), num_steps=num_steps, **options)

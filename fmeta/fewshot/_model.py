@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fmeta.fewshot._statistics import explicit
 from fmeta.functional import functionalize
 from fmeta.tasks._networks import Network
 
@@ -39,21 +41,25 @@ class Model(NamedTuple):
     num_features: int | None = None
 
 
-def as_model(network: Any) -> Model:
+def as_model(network: Any, batch_norm: str = "transductive") -> Model:
     """A `Model` of one, of a module or of a `Network`.
 
     Args:
         network: a `Model`; an ``nn.Module``, which starts from the parameters it has and
             normalises by the statistics of the batch, its running ones put aside; or a network of
             `fmeta.tasks`.
+        batch_norm: with ``"support"`` the statistics of a module are explicit, as those of a
+            `Model` are; else torch's own layers work them out, which is faster.
 
     Raises:
         TypeError: for anything else, a module without parameters included.
+        ValueError: an unknown policy.
     """
+    check_batch_norm(batch_norm)
     if isinstance(network, Model):
         return network
     if isinstance(network, nn.Module):
-        return _of_module(network)
+        return _of_module(network, batch_norm == "support")
     if isinstance(network, Network):
         init, apply = network.init, network.apply
 
@@ -67,13 +73,20 @@ def as_model(network: Any) -> Model:
     )
 
 
-def _of_module(module: nn.Module) -> Model:
-    pure, params, buffers = functionalize(module, batch_norm="batch")
-    if not params:
+def _of_module(module: nn.Module, explicit_statistics: bool) -> Model:
+    if not any(True for _ in module.parameters()):
         raise TypeError(f"{type(module).__name__} has no parameters: there is nothing to adapt")
+    normalises = any(isinstance(m, _BatchNorm) for m in module.modules())
+    if explicit_statistics and normalises:
+        with_stats, params, buffers = explicit(module)
+    else:
+        pure, params, buffers = functionalize(module, batch_norm="batch")
+
+        def with_stats(params: Any, buffers: Any, x: Tensor, stats: Any) -> tuple[Tensor, Any]:
+            return pure(params, buffers, x), ()
 
     def apply(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
-        return pure(params, buffers, x), ()
+        return with_stats(params, buffers, x, stats)
 
     return Model(lambda generator: dict(params), apply, _last_of(list(params)))
 

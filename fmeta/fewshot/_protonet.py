@@ -11,7 +11,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown
-from fmeta.fewshot._model import as_model, check_batch_norm
+from fmeta.fewshot._model import as_model
 from fmeta.random import fold_in
 
 __all__ = ["Prototypes", "protonet", "prototypes_of"]
@@ -62,8 +62,7 @@ def protonet(
         equations 1 and 2.
     """
     check_sizes(ways=ways, chunk_size=chunk_size)
-    check_batch_norm(batch_norm)
-    model, loss = as_model(network), loss_named("cross_entropy")
+    model, loss = as_model(network, batch_norm), loss_named("cross_entropy")
 
     def init(generator: torch.Generator | None = None) -> Tree:
         return {"model_params": model.init(fold_in(0) if generator is None else generator)}

@@ -11,7 +11,6 @@ from fmeta._unroll import unroll
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._gradient_based import Inner, gradient_based
 from fmeta.fewshot._meta_batch import Piece, shown
-from fmeta.fewshot._model import as_model
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import sgd
 
@@ -84,9 +83,7 @@ def reptile(
         return piece
 
     rule = sgd(lr) if optimizer is None else optimizer
-    return gradient_based(
-        as_model(network), rule, num_steps=num_steps, estimate=estimate, **options
-    )
+    return gradient_based(network, rule, num_steps=num_steps, estimate=estimate, **options)
 
 
 def _mixed(episode: Episode) -> Examples:

@@ -106,7 +106,7 @@ def snail(
     for keys, values in attends:
         check_sizes(key_size=keys, value_size=values)
     check_batch_norm(batch_norm)
-    model = _flattened(num_features) if network is None else as_model(network)
+    model = _flattened(num_features) if network is None else as_model(network, batch_norm)
     known = model.num_features if num_features is None else num_features
     if known is None:
         raise ValueError("snail must know how many features a network makes: num_features=")
