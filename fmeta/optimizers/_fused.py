@@ -84,7 +84,8 @@ def of_one_order(sides: Sequence[Tensor], factored: tuple[int, int] | None) -> S
         sides: factors of rows and of columns, biases of rows and of columns.
         factored: ``(d1, d0)``; rows lack d0, columns d1.
     """
-    row_factor, col_factor, row_bias, col_bias = sides
+    # None a view of something else, which torch would compile a pass again for.
+    row_factor, col_factor, row_bias, col_bias = sides = [x.clone() for x in sides]
     if factored is None or factored[0] < factored[1]:
         return sides
     return col_factor, row_factor, col_bias, row_bias

@@ -113,6 +113,6 @@ def test_other_sizes_and_numbers_compile_nothing_again():
     for shape in [(300, 90), (90, 300), (128, 128)]:
         trained("normalized_mlp", shape, torch.float32, compile=True)
     rule = optimizers.normalized_mlp(lr=0.25, weight_decay=0.5, compile=True)
-    params = {"w": torch.ones(201, 81)}
-    rule.step(rule.init(), params, params, rule.init_hidden(rule.init(), params))
+    params, grads = {"w": torch.ones(201, 81)}, {"w": torch.ones(201, 81)}
+    rule.step(rule.init(), params, grads, rule.init_hidden(rule.init(), params))
     assert counters["stats"]["unique_graphs"] == before
