@@ -18,6 +18,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd.graph import get_gradient_edge
 
 from fmeta import trees
+from fmeta._norms import norms_written_out
 
 __all__ = ["grad_and_value", "inside_transform", "is_differentiable", "vjp"]
 
@@ -91,7 +92,8 @@ def grad_and_value(
             rebuild_aux[:] = [rebuilder]
             return loss, tuple(found)
 
-        grads, (loss, found) = torch.func.grad_and_value(flat_fn, has_aux=True)(tuple(flat))
+        with norms_written_out():
+            grads, (loss, found) = torch.func.grad_and_value(flat_fn, has_aux=True)(tuple(flat))
         aux = rebuild_aux[0](found)
         return trees.unflatten(spec, grads), (loss, aux)
     with torch.enable_grad():
@@ -177,7 +179,8 @@ def vjp(
         cotangents: one for each output, of its shape.
     """
     if inside_transform():
-        return torch.func.vjp(fn, *inputs)[1](tuple(cotangents), retain_graph=False)
+        with norms_written_out():
+            return torch.func.vjp(fn, *inputs)[1](tuple(cotangents), retain_graph=False)
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [
