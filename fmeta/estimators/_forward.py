@@ -110,7 +110,10 @@ def forward(
             first_order=first_order,
         )
     elif not isinstance(horizon, int):
-        raise ValueError(f"several horizons {tuple(horizon)} need a truncation: give truncation=K")
+        raise ValueError(
+            f"a horizon of {horizon!r} is not one number of steps: several, or a schedule, need "
+            "truncation=K"
+        )
     else:
         few = over_whole_trainings(
             _gradient,

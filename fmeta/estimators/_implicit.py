@@ -150,13 +150,14 @@ def implicit(
             "learn those by full, forward, truncated or pes"
         )
     if bind is None:
-        if trees.leaves(optimizer.init()):
+        nothing = optimizer.init()  # of a chain a tuple
+        if trees.leaves(nothing):
             raise ValueError(
                 "the optimizer has parameters of its own, which are constant here: give them by "
                 "bind=lambda meta_params, config: (opt_params, None), with the start that is "
                 "learned, if any, in place of None"
             )
-        bind = _no_rule_own_start if inner_loss is None else _no_rule
+        bind = partial(_constant_rule, nothing, inner_loss is None)
     problem = _Problem(inner_loss, outer_loss, proximal, bind)
 
     def gradient_of(family: TaskFamily) -> Callable[..., OfOneTask]:
@@ -220,12 +221,11 @@ def implicit(
     return estimator._replace(init=init)
 
 
-def _no_rule(meta_params: Tree, config: Tree) -> tuple[Tree, Tree]:
-    return {}, None
-
-
-def _no_rule_own_start(meta_params: Tree, config: Tree) -> tuple[Tree, Tree]:
-    return {}, meta_params
+def _constant_rule(
+    opt_params: Tree, learns_start: bool, meta_params: Tree, config: Tree
+) -> tuple[Tree, Tree]:
+    """The default ``bind`` for an optimizer without parameters."""
+    return opt_params, meta_params if learns_start else None
 
 
 class _Problem:

@@ -201,9 +201,10 @@ def test_too_many_meta_parameters_are_refused_by_number():
         small.init(META, 0)
 
 
-def test_several_horizons_need_a_truncation():
-    with pytest.raises(ValueError, match=r"\(3, 4\) need a truncation"):
-        estimators.forward(RULE, QUADRATIC, num_tasks=1, horizon=(3, 4))
+@pytest.mark.parametrize("horizon", [(3, 4), estimators.log_uniform(3, 4)])
+def test_several_horizons_need_a_truncation(horizon):
+    with pytest.raises(ValueError, match=r"3.*4.*need truncation=K"):
+        estimators.forward(RULE, QUADRATIC, num_tasks=1, horizon=horizon)
 
 
 @pytest.mark.parametrize("name", ["num_tasks", "horizon", "truncation", "max_elements"])

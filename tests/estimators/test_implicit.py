@@ -388,6 +388,17 @@ def test_averaged_parameters_are_the_end_point():
     close(got.loss, BOWLS.loss(CURVATURE, task.config, end, None))
 
 
+def test_a_chain_without_parameters_needs_no_bind():
+    family = fmeta.tasks.quadratic(dim=4, condition=4.0)
+    start = {"x": torch.zeros(4)}
+    sgd = fmeta.optimizers.sgd(0.5)
+    found = []
+    for rule in (sgd, fmeta.chain(fmeta.clip_by_global_norm(100.0), sgd)):
+        estimator = estimators.implicit(rule, family, num_tasks=2, horizon=5, proximal=1.0)
+        found.append(estimator.estimate(start, estimator.init(start, 0))[0].grads["x"])
+    torch.testing.assert_close(*found)
+
+
 def test_a_learned_rule_is_constant_and_its_needs_are_given():
     """Parameters of the rule by `bind`; a need that the family's extras give."""
     sgd = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=0.3)
