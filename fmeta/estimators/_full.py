@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmeta._autodiff import grad_and_value
+from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._unroll import Run, unroll
 from fmeta.distributed import Ranks
 from fmeta.estimators._contract import (
@@ -74,7 +74,7 @@ def full(
     Raises:
         ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
             what the family's ``extras`` do not give; fewer tasks than families; an ``inner_loss``
-            that nothing else judges.
+            that nothing else judges; later, a ``meta_loss`` that is no scalar.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
     """
     return over_whole_trainings(
@@ -151,7 +151,9 @@ def over_whole_trainings(
                 **options,
             )
             own = {"config": config} if "config" in getattr(score, "needs", ()) else {}
-            return score(run, **own), (run.losses, run.eval_losses)
+            value = score(run, **own)
+            check_scalar(value, "meta_loss")
+            return value, (run.losses, run.eval_losses)
 
         def gradient(meta_params: Any, *args: Any) -> OfOneTask:
             grads, (value, (losses, evals)) = differentiate(one, meta_params, *args)

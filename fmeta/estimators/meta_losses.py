@@ -166,6 +166,8 @@ def log_ratio(
         below = _number(baseline)
     else:
         below = _by_step("baseline", baseline)
+        for value in torch.as_tensor(baseline).tolist():
+            _check_positive(value)
     return _StepLoss(lambda seen: part(seen).clamp(min=floor).log() - below(seen).log(), needs)
 
 
@@ -178,9 +180,13 @@ def _of_task(baseline: Callable[[Any], Tensor]) -> Callable[[_Seen], Tensor]:
     return of_task
 
 
-def _number(value: float) -> Callable[[_Seen], Tensor]:
+def _check_positive(value: float) -> None:
     if not value > 0:
         raise ValueError(f"baseline must be positive, got {value}")
+
+
+def _number(value: float) -> Callable[[_Seen], Tensor]:
+    _check_positive(value)
     return lambda seen: torch.as_tensor(value, dtype=seen.losses.dtype, device=seen.losses.device)
 
 

@@ -104,6 +104,11 @@ def test_a_meta_loss_of_ones_own():
     close(got.grads, grad(want)(META))
 
 
+def test_a_meta_loss_that_is_no_scalar_is_named():
+    with pytest.raises(ValueError, match=r"meta_loss must return a floating scalar.*\(.*,\)"):
+        estimate(meta_loss=lambda run: run.losses)
+
+
 def test_tasks_do_not_depend_on_how_they_are_grouped():
     losses = {n: estimate(num_tasks=n)[0].metrics["losses"] for n in (1, 2, 5)}
     torch.testing.assert_close(losses[5][:2], losses[2], rtol=1e-12, atol=0)

@@ -151,11 +151,16 @@ def test_validation_without_evaluation_is_an_error_that_names_the_cure():
     ("make", "error", "message"),
     [
         (lambda: meta_losses.log_ratio(0.0), ValueError, "baseline must be positive, got 0"),
+        (
+            lambda: meta_losses.log_ratio([1.0, -1.0]),
+            ValueError,
+            "baseline must be positive, got -1",
+        ),
         (lambda: meta_losses.log_ratio([]), ValueError, r"baseline by step must be one number"),
         (lambda: meta_losses.weighted(torch.ones(2, 2)), ValueError, r"of shape \(T,\), got"),
         (lambda: meta_losses.mean()(torch.ones(3)), TypeError, "takes a Run, or losses"),
     ],
-    ids=["zero", "no numbers", "matrix", "losses alone"],
+    ids=["zero", "negative by step", "no numbers", "matrix", "losses alone"],
 )
 def test_what_is_no_meta_loss_is_refused(make, error, message):
     with pytest.raises(error, match=message):
