@@ -16,7 +16,7 @@ from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import gradient_based
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, check_episodes, estimate_by, shown
-from fmeta.fewshot._model import as_model
+from fmeta.fewshot._model import as_model, beside
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import adam, sgd
 from fmeta.random import fold_in
@@ -116,7 +116,7 @@ def fine_tune(
             "head.w": uniform(generator, sizes, num_classes, fan_in=sizes),
             "head.b": torch.zeros(num_classes),
         }
-        return {"model_params": params, "head": head}
+        return {"model_params": params, "head": beside(params, head)}
 
     def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         x = torch.cat([episode.support.x, episode.query.x])

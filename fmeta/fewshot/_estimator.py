@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fmeta import trees
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators import Estimate, Estimator
 from fmeta.estimators._contract import check_meta_params, check_sizes
 from fmeta.fewshot._contract import MetaLearner
-from fmeta.fewshot._source import Source, draw
+from fmeta.fewshot._source import Source, draw, likeness
 
 __all__ = ["StreamState", "estimator"]
 
@@ -51,8 +50,8 @@ def estimator(
 
     Returns:
         An `Estimator`. Episode i of estimate k is a function of ``(seed, k, i)``; the estimate is
-        made on the device of the meta-parameters. Metrics are those of the learner's, and
-        ``"drawn"``.
+        made on the device and in the dtype of the meta-parameters. Metrics are those of the
+        learner's, and ``"drawn"``.
 
     Raises:
         ValueError: numbers below 1.
@@ -65,12 +64,12 @@ def estimator(
         return StreamState(int(seed), 0)
 
     def estimate(meta_params: Tree, state: StreamState) -> tuple[Estimate, StreamState]:
-        device = trees.leaves(meta_params)[0].device
+        like = likeness(meta_params)
         drawn = [(state.seed, state.step, i) for i in range(num_tasks)]
-        episodes = draw(source, [drawn[i] for i in share.worked_on], device=device)
+        episodes = draw(source, [drawn[i] for i in share.worked_on], **like)
         progress = 1.0 if num_steps is None else min(1.0, state.step / num_steps)
         found = learner.estimate(meta_params, episodes, progress, share=share)
-        metrics = {**found.metrics, "drawn": torch.tensor(drawn, device=device)}
+        metrics = {**found.metrics, "drawn": torch.tensor(drawn, device=like["device"])}
         return found._replace(metrics=metrics), state._replace(step=state.step + 1)
 
     return Estimator(init, estimate, share.ranks)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmeta import trees
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
-from fmeta.fewshot._source import Source, draw
+from fmeta.fewshot._meta_batch import over_episodes
+from fmeta.fewshot._source import Source, draw, likeness
 
 __all__ = ["Scores", "evaluate"]
 
@@ -73,8 +73,7 @@ def evaluate(
     check_sizes(num_episodes=num_episodes, batch_size=batch_size)
     score = loss_named(loss)
     options = {} if num_steps is None else {"num_steps": num_steps}
-    leaves = trees.leaves(meta_params)
-    device = leaves[0].device if leaves else None
+    like = likeness(meta_params)
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         outputs = learner.predict(learner.adapt(meta_params, support, **options), query.x)
@@ -84,8 +83,8 @@ def evaluate(
     with torch.no_grad():
         for start in range(0, num_episodes, batch_size):
             rows = [(seed, i) for i in range(start, min(start + batch_size, num_episodes))]
-            episodes = draw(source, rows, split=split, device=device)
-            found.append(torch.vmap(one)(episodes.support, episodes.query))
+            episodes = draw(source, rows, split=split, **like)
+            found.append(over_episodes(one)(episodes.support, episodes.query))
     losses, accuracies = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Scores(losses, accuracies)
 

@@ -14,7 +14,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown
-from fmeta.fewshot._model import Model, as_model
+from fmeta.fewshot._model import Model, as_model, beside
 from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
 
@@ -146,7 +146,10 @@ def start_of(model: Model, optimizer: Optimizer) -> Callable[..., Tree]:
 
     def init(generator: torch.Generator | None = None) -> Tree:
         generator = fold_in(0) if generator is None else generator
-        return {"model_params": model.init(generator), "opt_params": optimizer.init(generator)}
+        params = model.init(generator)
+        # The rule's numbers keep their dtype: rules work in that of what they move.
+        rule = beside(params, optimizer.init(generator), dtype=False)
+        return {"model_params": params, "opt_params": rule}
 
     return init
 

@@ -16,6 +16,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs.shape != targets.shape:  # torch would repeat one along the other
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} of an episode "
+            "differ in shape: give targets y of shape (n, outputs), y[:, None] for single numbers"
+        )
     return F.mse_loss(outputs, targets)
 
 

@@ -18,7 +18,7 @@ from fmeta.estimators._contract import check_meta_params
 from fmeta.fewshot._contract import Episode, check_examples
 from fmeta.fewshot._losses import accuracy_of
 
-__all__ = ["Seen", "by_gradient", "estimate_by", "shown"]
+__all__ = ["Seen", "by_gradient", "estimate_by", "over_episodes", "shown"]
 
 Tree = Any
 # piece(meta_params, episode, progress) -> (gradient, (value, Seen)): the part of one episode.
@@ -81,7 +81,7 @@ def estimate_by(
     """
 
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
-        return torch.vmap(piece, in_dims=(None, 0, None))(meta_params, episodes, progress)
+        return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
 
     recorded = Traced(together, compile=compile, after=0 if compile else _BEFORE_RECORDING)
 
@@ -114,11 +114,34 @@ def estimate_by(
     return estimate
 
 
+def over_episodes(fn: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+    """`torch.vmap`, which refuses what is random, with an error that tells the cure."""
+    mapped = torch.vmap(fn, in_dims=in_dims)
+
+    def call(*args: Any) -> Any:
+        try:
+            return mapped(*args)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                "the network or the loss draws random numbers (dropout in train mode?), but an "
+                "estimate must be a function of its arguments: call .eval() of the module first"
+            ) from error
+
+    return call
+
+
 def _is_plain(*given: Tree) -> bool:
     """Whether these are ordinary tensors outside of all transforms, which can be recorded."""
     if inside_transform() or torch.is_inference_mode_enabled():
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in trees.leaves(given))
+    leaves = trees.leaves(given)
+    # Autocast acts on operations, the recorded ones too, among which are those of the backward
+    # pass: others than it chooses where they are made.
+    if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in leaves}):
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in leaves)
 
 
 def _size_in_cache(meta_params: Tree, episodes: Episode) -> int:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fmeta import trees
 from fmeta.fewshot._statistics import explicit
 from fmeta.functional import functionalize
 from fmeta.tasks._networks import Network
 
-__all__ = ["BATCH_NORM", "Model", "as_model", "check_batch_norm"]
+__all__ = ["BATCH_NORM", "Model", "as_model", "beside", "check_batch_norm"]
 
 BATCH_NORM = ("transductive", "support")
 
@@ -99,6 +100,17 @@ def _last_of(names: list[str]) -> Callable[[str], bool]:
         return lambda name: name.rpartition(".")[0] == stem
     number = last.lstrip("abcdefghijklmnopqrstuvwxyz_")
     return lambda name: name.lstrip("abcdefghijklmnopqrstuvwxyz_") == number
+
+
+def beside(params: Any, more: Any, *, dtype: bool = True) -> Any:
+    """``more`` on the device, and unless told otherwise in the dtype, of a network's parameters."""
+    known = [x for x in trees.leaves(params) if x.is_floating_point()]
+    if not known:
+        return more
+    like: dict[str, Any] = {"device": known[0].device}
+    if dtype:
+        like["dtype"] = known[0].dtype
+    return trees.map(lambda x: x.to(**like), more)
 
 
 def check_batch_norm(batch_norm: str) -> None:

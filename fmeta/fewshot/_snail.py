@@ -14,7 +14,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown
-from fmeta.fewshot._model import Model, as_model, check_batch_norm
+from fmeta.fewshot._model import Model, as_model, beside, check_batch_norm
 from fmeta.fewshot._sequence import Block, attention, chain, temporal, to_outputs
 from fmeta.random import fold_in
 
@@ -118,10 +118,8 @@ def snail(
         generator = fold_in(0) if generator is None else generator
         params = model.init(generator)
         random = sequence.init(generator)
-        return {
-            "model_params": params,
-            "sequence": _as_neighbours(random, known, num_outputs, *attends[0], gain),
-        }
+        reader = _as_neighbours(random, known, num_outputs, *attends[0], gain)
+        return {"model_params": params, "sequence": beside(params, reader)}
 
     def features_of(meta_params: Tree, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
         features, seen = model.apply(meta_params["model_params"], x, stats)

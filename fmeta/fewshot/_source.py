@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fmeta import trees
 from fmeta.fewshot._contract import Episode, Examples
 from fmeta.random import fold_in
 from fmeta.tasks import stack_tasks
 from fmeta.tasks._family import SPLITS, check_split
 
-__all__ = ["Source", "draw", "from_classes"]
+__all__ = ["Source", "draw", "from_classes", "likeness"]
 
 
 class Source(NamedTuple):
@@ -46,6 +47,7 @@ def draw(
     *,
     split: str = "train",
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Episode:
     """A meta-batch: one episode for each row of integers, stacked.
 
@@ -54,11 +56,25 @@ def draw(
         drawn: rows ``(seed, *ints)``; an episode is a function of its row and the split alone.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         device: where they are moved to; None: they stay on the CPU.
+        dtype: of inputs and targets that are floating; None: as the source makes them.
     """
     check_split(split)
     each = [source.sample(fold_in(*row, SPLITS.index(split)), split) for row in drawn]
     stacked: Episode = stack_tasks(each, device)
-    return stacked
+    return stacked if dtype is None else trees.cast(stacked, dtype)
+
+
+def likeness(meta_params: Any) -> dict[str, Any]:
+    """Where and in which dtype a learner with these meta-parameters wants its episodes.
+
+    Options of `draw`; the dtype is None where the parameters of the network have several.
+    """
+    leaves = trees.leaves(meta_params)
+    if not leaves:
+        return {}
+    network = meta_params.get("model_params") if isinstance(meta_params, Mapping) else None
+    dtypes = {x.dtype for x in trees.leaves(network) or leaves if x.is_floating_point()}
+    return {"device": leaves[0].device, "dtype": dtypes.pop() if len(dtypes) == 1 else None}
 
 
 def from_classes(

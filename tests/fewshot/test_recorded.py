@@ -5,6 +5,7 @@ import torch
 
 from fmeta import fewshot, trees
 from fmeta.fewshot import _meta_batch
+from fmeta.random import fold_in
 
 from . import kit
 
@@ -29,7 +30,7 @@ def estimates(monkeypatch, name, episodes, **options):
     return learner, meta_params, found
 
 
-@pytest.mark.parametrize("name", ["maml", "first_order_maml", "maml_plus_plus", "llama"])
+@pytest.mark.parametrize("name", kit.LEARNERS)
 def test_replayed_estimates_are_equal_bit_for_bit(monkeypatch, name):
     episodes = kit.points()[1]
     learner, meta_params, (first, second) = estimates(monkeypatch, name, episodes)
@@ -53,6 +54,30 @@ def test_meta_parameters_that_begin_as_one_tensor_part_later(monkeypatch):
         for x in (learner, kit.LEARNERS["meta_sgd"]())
     )
     assert all(map(torch.equal, trees.leaves(got.grads), trees.leaves(want.grads)))
+
+
+def test_what_was_recorded_is_not_replayed_under_autocast(monkeypatch):
+    """It acts on every operation of a recording, those of the backward pass too."""
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 1)
+    examples = fewshot.Examples(
+        torch.randn(2, 6, 4, generator=fold_in(1)), torch.zeros(2, 6).long()
+    )
+    episodes = fewshot.Episode(examples, examples)
+
+    def made():
+        return fewshot.maml(kit.classifier().float())
+
+    learner, other = made(), made()
+    meta_params = learner.init()
+    for _ in range(2):
+        learner.estimate(meta_params, episodes)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (x.estimate(meta_params, episodes).grads for x in (learner, made()))
+        for _ in range(2):
+            other.estimate(meta_params, episodes)
+    assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
+    got, want = (x.estimate(meta_params, episodes).grads for x in (other, made()))
+    assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3])

@@ -1,0 +1,55 @@
+"""Dtypes and devices follow the parameters; what would be computed wrongly is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from fmeta import fewshot, trees
+from fmeta.random import fold_in
+
+from . import kit
+
+
+@pytest.mark.parametrize("name", kit.LEARNERS)
+def test_a_network_in_float64_is_meta_trained_and_tested_in_float64(name):
+    """From `init` on, with nothing cast by hand, on a source in float32."""
+    images = torch.rand(3, 8, 12, 4, generator=fold_in(1))
+    source = fewshot.from_classes(
+        dict(zip(("train", "validation", "test"), images, strict=True)), ways=3, shots=2, queries=3
+    )
+    learner = kit.LEARNERS[name]()
+    meta_params = learner.init()
+    stream = fewshot.estimator(learner, source, num_tasks=2)
+    found, _ = stream.estimate(meta_params, stream.init(meta_params, 0))
+    assert found.loss.dtype == torch.float64
+    assert all(g.dtype == torch.float64 for g in trees.leaves(found.grads["model_params"]))
+    scores = fewshot.evaluate(learner, meta_params, source, num_episodes=2)
+    assert scores.losses.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", kit.LEARNERS)
+def test_meta_parameters_are_where_the_network_is(name, monkeypatch):
+    made = kit.classifier
+    monkeypatch.setattr(kit, "classifier", lambda **options: made(**options).to("meta"))
+    meta_params = kit.LEARNERS[name]().init()
+    assert {x.device.type for x in trees.leaves(meta_params)} == {"meta"}
+
+
+def test_targets_of_another_shape_than_the_outputs_are_refused():
+    """Repeated along each other, (5, 1) and (5,) would give another loss without a word."""
+    learner = fewshot.maml(kit.regression_net(), loss="mse")
+    examples = fewshot.Examples(torch.zeros(2, 5, 1).double(), torch.zeros(2, 5).double())
+    with pytest.raises(ValueError, match=r"outputs \(5, 1\) and targets \(5,\) .* y\[:, None\]"):
+        learner.estimate(learner.init(), fewshot.Episode(examples, examples))
+
+
+def test_dropout_in_train_mode_is_told_the_cure():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    source, episodes = kit.points(2)
+    learner = fewshot.maml(net)
+    with pytest.raises(ValueError, match=r"dropout in train mode.*call \.eval\(\)"):
+        learner.estimate(learner.init(), episodes)
+    with pytest.raises(ValueError, match=r"call \.eval\(\)"):
+        fewshot.evaluate(learner, learner.init(), source, num_episodes=2)
+    calm = fewshot.maml(net.eval())
+    assert calm.estimate(calm.init(), episodes).loss.isfinite()
