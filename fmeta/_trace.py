@@ -82,6 +82,7 @@ class Traced:
             only, after a compilation of 15 to 40 seconds. What cannot be recorded is an error.
         after: so many calls of each kind go to ``fn`` itself before one is recorded, which takes
             as long as many calls do.
+        most: so many kinds are recorded, which takes memory; further ones go to ``fn`` itself.
         written_out: whether rules see that they are recorded for a compiler (`for_compiler`): where
             they are not differentiated within ``fn``.
     """
@@ -92,9 +93,11 @@ class Traced:
         *,
         compile: bool = False,
         after: int = 0,
+        most: int | None = None,
         written_out: bool = False,
     ) -> None:
         self.fn, self.compile, self.after, self.written_out = fn, compile, after, written_out
+        self.most = most
         self.recorded: dict[Any, Any] = {}
         self.calls: Counter[Any] = Counter()
 
@@ -103,6 +106,8 @@ class Traced:
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in flat))
         with torch.no_grad():
             if key not in self.recorded:
+                if self.most is not None and len(self.recorded) >= self.most:
+                    return self.fn(*args)
                 if self.calls[key] < self.after:
                     self.calls[key] += 1
                     return self.fn(*args)
@@ -125,6 +130,8 @@ class Traced:
             # Tensors of their own: of one that is given twice, both uses would be recorded as one.
             module = make_fx(flat_fn)(*(x.detach() for x in flat))
         except Exception as error:  # not recordable, or wrong: then the function itself says so
+            if self.compile:
+                flat_fn(*flat)
             return self._unrecorded(error)
         simplify(module)
         if not equal(module(*flat), flat_fn(*flat)):

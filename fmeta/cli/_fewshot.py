@@ -99,10 +99,12 @@ def _show(console: Any, results: dict[str, Any]) -> None:
 
     task = results["task"]
     what = f"{task['ways']}-way {task['shots']}-shot" if task["ways"] else f"{task['shots']} points"
-    table = Table(
-        title=f"{task['name']}, {what}: {results['episodes']} test episodes, normalisation "
-        f"{results['batch_norm']}"
-    )
+    title = f"{task['name']}, {what}: {results['episodes']} test episodes"
+    if task["ways"]:
+        title += f", normalisation {results['batch_norm']}"
+    if not results.get("validated", True):
+        title += ", the last meta-parameters (there is no validation split)"
+    table = Table(title=title)
     table.add_column("learner")
     table.add_column(f"{results['measure']} (95 % interval)", justify="right")
     scale, unit = (100, " %") if results["measure"] == "accuracy" else (1, "")

@@ -13,6 +13,7 @@ from fmeta.fewshot._image_folder import image_folder, omniglot
 from fmeta.fewshot._imaml import imaml
 from fmeta.fewshot._job import few_shot
 from fmeta.fewshot._llama import llama
+from fmeta.fewshot._load import Trained, load_run
 from fmeta.fewshot._losses import LOSSES
 from fmeta.fewshot._maml import first_order_maml, maml
 from fmeta.fewshot._maml_plus_plus import maml_plus_plus
@@ -38,6 +39,7 @@ __all__ = [
     "Read",
     "Scores",
     "Source",
+    "Trained",
     "anil",
     "contact_sheet",
     "conv4",
@@ -55,6 +57,7 @@ __all__ = [
     "imaml",
     "llama",
     "load_glyphs",
+    "load_run",
     "maml",
     "maml_plus_plus",
     "meta_lstm",

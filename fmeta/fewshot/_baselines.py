@@ -151,9 +151,12 @@ def fine_tune(
             "head.w": features.new_zeros(features.shape[-1], ways),
             "head.b": features.new_zeros(ways),
         }
-        batches = trees.map(lambda t: t.expand(steps, *t.shape), (features, support.y))
-        run = unroll(rule, head_loss, {}, zeros, batches)
-        return Tuned(params, run.params, stats if batch_norm == "support" else ())
+        head = zeros
+        if steps:
+            check_sizes(num_steps=steps)
+            batches = trees.map(lambda t: t.expand(steps, *t.shape), (features, support.y))
+            head = unroll(rule, head_loss, {}, zeros, batches).params
+        return Tuned(params, head, stats if batch_norm == "support" else ())
 
     def predict(adapted: Tuned, query_x: Tensor) -> Tensor:
         features, _ = features_of(adapted.params, query_x, adapted.stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from fmeta.fewshot._anil import anil
@@ -17,6 +18,7 @@ from fmeta.fewshot._maml import first_order_maml, maml
 from fmeta.fewshot._maml_plus_plus import maml_plus_plus
 from fmeta.fewshot._meta_lstm import meta_lstm
 from fmeta.fewshot._meta_sgd import meta_sgd
+from fmeta.fewshot._model import check_batch_norm
 from fmeta.fewshot._protonet import protonet
 from fmeta.fewshot._reptile import reptile
 from fmeta.fewshot._sinusoid import sinusoid
@@ -134,9 +136,18 @@ class FewShotConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("outer_lr", "max_grad_norm"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        for field in ("num_steps", "patience"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("outer_lr", "max_grad_norm", "inner_lr"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be positive and finite, got {value}")
+        check_batch_norm(self.batch_norm)
+        if self.task == "sinusoid":
+            for field in ("root", "ways", "batch_norm"):
+                if getattr(self, field) != getattr(FewShotConfig, field):
+                    raise ValueError(f"sinusoid has no use for {field}: leave it out")
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
         if not self.smoke:

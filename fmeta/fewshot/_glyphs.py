@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,11 +108,14 @@ def load_glyphs(
     path = _folder(root) / f"glyphs-{digest.hexdigest()}.npz"
     if not path.exists():
         _write(path, _build(progress))
-    with np.load(path) as held:
-        return {
-            split: Glyphs(torch.from_numpy(held[split]), tuple(held[f"{split}/names"].tolist()))
-            for split in SCRIPTS
-        }
+    try:
+        with np.load(path) as held:
+            return {
+                split: Glyphs(torch.from_numpy(held[split]), tuple(held[f"{split}/names"].tolist()))
+                for split in SCRIPTS
+            }
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, it is built again") from None
 
 
 def contact_sheet(

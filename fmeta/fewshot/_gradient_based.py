@@ -169,6 +169,7 @@ def gradient_based(
     step_weights: Weights | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
+    record: bool = True,
     estimate: Callable[[Inner], Piece] | None = None,
 ) -> MetaLearner:
     """A learner of initial parameters, and of whatever else the inner optimizer learns.
@@ -195,6 +196,9 @@ def gradient_based(
             caches.
         compile: compile the meta-gradient at the first call for each shape of meta-batch: minutes
             of compilation, faster after that, equal to rounding only.
+        record: after thirty estimates of a shape replay the operations they consist of, the same to
+            the bit. Whatever the network, the rule or the loss read beside their arguments is then
+            what it was at the recording: False for a loss that changes during meta-training.
         estimate: makes another way to the meta-gradient from the `Inner` training; default
             backpropagation.
 
@@ -224,7 +228,7 @@ def gradient_based(
         checkpoint=checkpoint,
         mixed_mode=mixed_mode,
     )
-    options: dict[str, Any] = {"chunk_size": chunk_size, "compile": compile}
+    options: dict[str, Any] = {"chunk_size": chunk_size, "compile": compile, "record": record}
     if estimate is not None:
         piece = estimate(inner)
     elif step_weights is not None:

@@ -66,6 +66,7 @@ def few_shot(
 
 def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
     source = config.source(progress=ranks.is_first)
+    judged = _has_validation(source)
     test = config.source(test=True)
     learner = config.build(source)
     start = learner.init(fold_in(config.seed))
@@ -77,7 +78,7 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
             source,
             num_episodes=config.validation_episodes,
             seed=config.seed + _VALIDATION,
-            split=_judged_on(source, "validation"),
+            split="validation",
             loss=config.loss,
         ).loss()[0]
 
@@ -85,9 +86,9 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
         "outer": _outer(config),
         "num_steps": config.outer_steps,
         "seed": config.seed,
-        "validate": validate,
+        "validate": validate if judged else None,
         "validate_every": config.validate_every,
-        "patience": config.patience,
+        "patience": config.patience if judged else None,
         "checkpoint_every": config.save_every,
     }
 
@@ -118,9 +119,18 @@ def _outer(config: FewShotConfig) -> Optimizer:
     )
 
 
-def _judged_on(source: Source, split: str) -> str:
-    """The split, where the source counts classes and has it; else those of the test."""
-    return split if not source.classes or split in source.classes else "test"
+def _has_validation(source: Source) -> bool:
+    """Whether there are classes to validate on, which those of the test must never be.
+
+    Raises:
+        ValueError: no classes to test on, before any work.
+    """
+    if source.classes and "test" not in source.classes:
+        raise ValueError(
+            f"{source.name} has no split test, but the table is of classes never seen: put some "
+            f"into test/CLASS/IMAGE.png; there are {', '.join(source.classes)}"
+        )
+    return not source.classes or "validation" in source.classes
 
 
 def _falling(t: Tensor, num_steps: Tensor | None) -> Tensor:
@@ -192,7 +202,7 @@ def _test(
         lambda steps: score(learner, result.meta_params, num_steps=steps, num_episodes=few),
         _steps(config, learner, result.meta_params, source),
         {k: v for k, v in found.items() if not (has_steps and "meta-trained" in k)},
-        title=f"{config.learner} on {source.name}, {config.ways}-way {config.shots}-shot",
+        title=f"{config.learner} on {source.name}, {episodes_of(source)}",
         is_loss=not source.ways,
     )
     return {
@@ -200,7 +210,8 @@ def _test(
         "measure": "accuracy" if source.ways else "mean squared error",
         "episodes": config.test_episodes,
         "task": {"name": source.name, "ways": source.ways, "shots": source.shots},
-        "batch_norm": config.batch_norm,
+        "batch_norm": config.batch_norm if source.ways else "none",
+        "validated": _has_validation(source),
         "fine_tuning_rates": {steps: rate for steps, (_, _, rate) in tuned.items()},
         "training": {
             "outer_steps": result.step,
@@ -245,6 +256,11 @@ def _pretrained(config: FewShotConfig, source: Source, steps: set[int]) -> dict[
     return found
 
 
+def episodes_of(source: Source) -> str:
+    """What its episodes are called: ``"5-way 1-shot"``, or ``"10 points"``."""
+    return f"{source.ways}-way {source.shots}-shot" if source.ways else f"{source.shots} points"
+
+
 def _row(scores: Scores, is_loss: bool) -> dict[str, Any]:
     """Mean and interval, and the values of all episodes, for pairs with another run's."""
     values = scores.losses if is_loss else scores.accuracies
@@ -269,10 +285,10 @@ def _steps(
     """
     if config.learner in WITHOUT_STEPS:
         return {}
-    support = source.sample(fold_in(0), _judged_on(source, "test")).support
+    support = source.sample(fold_in(0), "test").support
     with torch.no_grad():
         losses = getattr(learner.adapt(meta_params, support), "losses", None)
-    own = 100 if losses is None else len(losses)
+    own = (config.num_steps or 100) if losses is None else len(losses)  # of fine_tune
     numbers = sorted({1, max(1, own // 2), own, *(k * own for k in (2, 4, 8) if k <= most)})
     if losses is not None:
         numbers = [0, *numbers]

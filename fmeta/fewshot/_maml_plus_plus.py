@@ -27,7 +27,8 @@ def maml_plus_plus(
     """MAML with learned rates of each layer and step, and the query losses after all steps.
 
     The weights of the losses after the earlier steps fall linearly to 0 while ``progress`` goes
-    from 0 to ``multi_step``; from then on the last one alone counts, as in MAML. (Of the paper's
+    from 0 to ``multi_step``; from then on the last one alone counts, as in MAML. So tell
+    `estimator` the ``num_steps`` of meta-training, which is else taken to be over. (Of the paper's
     six changes, normalisation by the statistics of the batch is what `gradient_based` does anyway;
     statistics by step are not kept. First order to begin with is `first_order_maml` beforehand,
     and a cosine for the outer rate is the outer optimizer's.)
@@ -54,7 +55,7 @@ def maml_plus_plus(
 
     def weights(progress: float, steps: int) -> Tensor:
         early = max(0.0, 1 - progress / multi_step) / steps if multi_step else 0.0
-        each = torch.full((steps,), early)
+        each = torch.full((steps,), early, dtype=torch.float64)  # and then as the losses
         each[-1] = 1 - (steps - 1) * early
         return each
 

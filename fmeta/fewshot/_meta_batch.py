@@ -27,6 +27,9 @@ Piece = Callable[[Tree, Episode, Any], tuple[Tree, tuple[Tensor, "Seen"]]]
 
 # Recording a meta-gradient takes as long as a hundred of them; the results are the same.
 _BEFORE_RECORDING = 30
+# Shapes of meta-batches that are recorded. Sets of many sizes would else fill the memory, at some
+# megabytes each.
+_RECORDINGS = 16
 # Support examples at once of networks that convolve on a CPU: then what they make fits its caches.
 _IN_CACHE = 100
 
@@ -66,6 +69,7 @@ def estimate_by(
     *,
     chunk_size: int | None = None,
     compile: bool = False,
+    record: bool = True,
     at: Callable[[float], Tensor] = torch.tensor,
 ) -> Callable[..., Estimate]:
     """``estimate`` of a `MetaLearner`: the mean of the episodes' parts, made together by `vmap`.
@@ -76,14 +80,21 @@ def estimate_by(
         piece: one episode's part.
         chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
             convolutions as many as fit its caches.
-        compile: as of `gradient_based`.
+        compile, record: as of `gradient_based`.
         at: makes a tensor for the piece of the part of meta-training that is over.
     """
 
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
         return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
 
-    recorded = Traced(together, compile=compile, after=0 if compile else _BEFORE_RECORDING)
+    if compile and not record:
+        raise ValueError("compile=True compiles what was recorded: leave record=False out")
+    recorded = Traced(
+        together,
+        compile=compile,
+        after=0 if compile else _BEFORE_RECORDING,
+        most=None if compile else _RECORDINGS,
+    )
 
     def estimate(
         meta_params: Tree,
@@ -95,7 +106,7 @@ def estimate_by(
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
         run: Callable[..., Any] = together
-        if _is_plain(meta_params, episodes):
+        if record and _is_plain(meta_params, episodes):
             run = recorded  # which holds for one layout in memory
             meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
         size = chunk_size or _size_in_cache(meta_params, episodes)

@@ -52,6 +52,7 @@ def snail(
     attends: Sequence[tuple[int, int]] = ((64, 32), (256, 128), (512, 256)),
     batch_norm: str = "transductive",
     chunk_size: int | None = None,
+    record: bool = True,
 ) -> MetaLearner:
     """A simple neural attentive learner: learning is reading, by attention and convolutions.
 
@@ -79,7 +80,7 @@ def snail(
         filters: that each dense block of a temporal convolution adds.
         attends: sizes of keys and values of the attention blocks; between any two of them are
             ``ceil(log2(num_support + 1))`` dense blocks.
-        batch_norm, chunk_size: as of `gradient_based`.
+        batch_norm, chunk_size, record: as of `gradient_based`.
 
     Returns:
         A `MetaLearner` with ``meta_params = {"model_params": ..., "sequence": ...}``; its ``adapt``
@@ -150,9 +151,8 @@ def snail(
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)
         return score(outputs, episode.query.y), shown(None, outputs, episode.query.y)
 
-    return MetaLearner(
-        init, estimate_by(by_gradient(meta_loss), chunk_size=chunk_size), adapt, predict
-    )
+    estimate = estimate_by(by_gradient(meta_loss), chunk_size=chunk_size, record=record)
+    return MetaLearner(init, estimate, adapt, predict)
 
 
 def _reader(

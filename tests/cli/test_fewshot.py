@@ -1,6 +1,7 @@
 """`fmeta fewshot` from the command line to the files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -60,6 +61,12 @@ def test_a_learner_is_trained_tested_and_drawn(images, tmp_path, learner, capsys
     text = capsys.readouterr().out
     assert "3-way 1-shot" in text
     assert "transductive" in text
+    used = fewshot.load_run(folder)
+    scores = fewshot.evaluate(
+        used.learner, used.meta_params, used.source, num_episodes=10, seed=job._TEST, batch_size=25
+    )
+    reported = torch.tensor(results["scores"][f"{learner}, meta-trained"]["episodes"])
+    torch.testing.assert_close(scores.accuracies, reported, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("learner", ["maml", "snail"])
@@ -69,6 +76,7 @@ def test_waves_have_curves_and_no_neighbours(tmp_path, learner):
     assert (tmp_path / "fewshot" / "adaptation.png").stat().st_size > 0
     results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
     assert results["measure"] == "mean squared error"
+    assert results["batch_norm"] == "none"
     assert not any("neighbour" in name for name in results["scores"])
     rows = {f"{learner}, meta-trained", "pretrained on all sinusoids, fine-tuned, 1 step"}
     if learner == "maml":
@@ -101,6 +109,46 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
     assert contents(parts) == contents(whole)
 
 
+def copied(images, out, *splits):
+    for split in splits:
+        shutil.copytree(images / split, out / split)
+    return out
+
+
+def test_without_classes_to_validate_on_those_of_the_test_are_left_alone(
+    images, tmp_path, monkeypatch, capsys
+):
+    root, used = copied(images, tmp_path / "images", "train", "test"), []
+    real = job.evaluate
+
+    def evaluate(*args, **options):
+        used.append((options.get("split", "test"), capsys.readouterr().out))
+        return real(*args, **options)
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    assert run(root, tmp_path, "--learner", "protonet") == 0
+    assert {split for split, _ in used} == {"test"}
+    assert "testing on" in used[0][1]  # and not before
+    assert "no validation split" in " ".join(capsys.readouterr().out.split())
+    metrics = (tmp_path / "fewshot" / "metrics.jsonl").read_text()
+    assert "validation" not in metrics
+
+
+def test_without_classes_to_test_on_nothing_is_begun(images, tmp_path, capsys):
+    root = copied(images, tmp_path / "images", "train", "validation")
+    assert run(root, tmp_path, "--learner", "protonet") == 1
+    found = capsys.readouterr()
+    assert "no split test" in found.err
+    assert "outer step" not in found.out
+
+
+def test_steps_of_fine_tuning_are_those_asked_for(images, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(job, "draw_adaptation", lambda *args, **options: drawn.append(args[2]))
+    assert run(images, tmp_path, "--learner", "fine_tune", "--num-steps", "6") == 0
+    assert drawn == [{1: False, 3: False, 6: False, 12: True, 24: True, 48: True}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -112,6 +160,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
         (["--learner", "protonet", "--inner-lr", "1"], "takes no inner steps: leave out inner_lr"),
         (["--learner", "meta_lstm", "--inner-lr", "1"], "meta_lstm learns how far it goes"),
         (["--ways", "0"], "ways must be at least 1"),
+        (["--num-steps", "0"], "num_steps must be at least 1"),
+        (["--patience", "0"], "patience must be at least 1"),
+        (["--inner-lr", "nan"], "inner_lr must be positive and finite, got nan"),
+        (["--outer-lr", "inf"], "outer_lr must be positive and finite"),
+        (["--batch-norm", "running"], "batch_norm must be one of transductive, support"),
+        (["--task", "sinusoid", "--root", "x"], "sinusoid has no use for root"),
+        (["--task", "sinusoid", "--ways", "7"], "sinusoid has no use for ways"),
         (["--task", "omniglot"], "no Omniglot in"),
     ],
     ids=str,
@@ -132,3 +187,11 @@ def test_the_glyphs_of_a_run_can_be_looked_at(tmp_path):
     with Image.open(tmp_path / "fewshot" / "glyphs.png") as sheet:
         shown = np.asarray(sheet.convert("L"))
     assert shown.std() > 10
+
+
+def test_a_run_that_is_not_there_or_not_at_its_end_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        fewshot.load_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"task": "sinusoid"}')
+    with pytest.raises(FileNotFoundError, match=r"not come to its end.*--resume"):
+        fewshot.load_run(tmp_path)

@@ -56,6 +56,30 @@ def test_meta_sgd_equals_the_reference(order, checkpoint):
             torch.testing.assert_close(grads[n], want, rtol=0, atol=1e-8 * scale)
 
 
+def test_imaml_equals_the_reference():
+    """Logistic regression, whose inner training is carried to its optimum."""
+    case = "imaml_logistic"
+    x, y, xv, yv = (array(f"{case}/{k}")[None] for k in ("x_train", "y_train", "x_val", "y_val"))
+    net = nn.Linear(6, 1, bias=False).double()
+    net.weight.data = array(f"{case}/theta")[None]
+    learner = fewshot.imaml(
+        net,
+        lr=0.4,
+        num_steps=60,
+        proximal=float(array(f"{case}/lam")),
+        num_iterations=10,
+        loss=lambda outputs, y: F.binary_cross_entropy_with_logits(outputs[:, 0], y),
+    )
+    episodes = fewshot.Episode(fewshot.Examples(x, y.double()), fewshot.Examples(xv, yv.double()))
+    found = learner.estimate(learner.init(), episodes)
+    torch.testing.assert_close(found.loss, array(f"{case}/val_loss"), rtol=1e-8, atol=0)
+    got = found.grads["model_params"]["weight"][0]
+    torch.testing.assert_close(got, array(f"{case}/meta_grad"), rtol=0, atol=1e-8)
+    adapted = learner.adapt(learner.init(), fewshot.Examples(x[0], y[0].double()))
+    phi = adapted.params["weight"][0]
+    torch.testing.assert_close(phi, array(f"{case}/phi_star"), rtol=0, atol=1e-9)
+
+
 def by_hand(net, episodes, lr, steps, first_order):
     """MAML by plain autograd, task after task."""
     params = dict(net.named_parameters())

@@ -80,6 +80,48 @@ def test_what_was_recorded_is_not_replayed_under_autocast(monkeypatch):
     assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
 
 
+def test_a_loss_that_changes_is_followed_without_recording(monkeypatch):
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 1)
+    episodes, factor = kit.points(2)[1], [1.0]
+
+    def loss(outputs, y):
+        return factor[0] * torch.nn.functional.cross_entropy(outputs, y)
+
+    learner = fewshot.maml(kit.classifier(), num_steps=1, lr=0.1, loss=loss, record=False)
+    once = fewshot.maml(kit.classifier(), num_steps=1, lr=0.3, loss=loss)
+    meta_params = learner.init()
+    for _ in range(3):
+        learner.estimate(meta_params, episodes)
+    factor[0] = 3.0
+    got = learner.estimate(meta_params, episodes).loss
+    factor[0] = 1.0
+    torch.testing.assert_close(got, 3 * once.estimate(once.init(), episodes).loss)
+    with pytest.raises(ValueError, match="leave record=False out"):
+        fewshot.maml(kit.classifier(), record=False, compile=True)
+
+
+def test_shapes_that_are_recorded_are_not_without_end(monkeypatch):
+    monkeypatch.setattr(_meta_batch, "_RECORDINGS", 2)
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 0)
+    made = []
+
+    class Spy(_meta_batch.Traced):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            made.append(self)
+
+    monkeypatch.setattr(_meta_batch, "Traced", Spy)
+    learner, plain = (
+        fewshot.maml(kit.classifier(), num_steps=1, record=record) for record in (True, False)
+    )
+    meta_params = learner.init()
+    for queries in (1, 2, 3, 4):
+        episodes = kit.points(2, queries=queries)[1]
+        got, want = (x.estimate(meta_params, episodes).grads for x in (learner, plain))
+        assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
+    assert len(made[0].recorded) == 2
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_chunks_are_recorded_and_give_the_same(monkeypatch, chunk_size):
     episodes = kit.points(num=5)[1]

@@ -111,6 +111,14 @@ def test_glyphs_are_built_once_and_the_same_again(cache, tmp_path, monkeypatch):
     fewshot.load_glyphs(cache)
 
 
+def test_a_damaged_cache_is_told(cache, tmp_path):
+    whole = next(cache.glob("glyphs-*.npz"))
+    for content in (whole.read_bytes()[:5000], b"", b"no archive"):
+        (tmp_path / whole.name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"glyphs-.*npz is damaged .*: delete it"):
+            fewshot.load_glyphs(tmp_path)
+
+
 def test_a_contact_sheet_shows_every_split(cache, tmp_path):
     fewshot.contact_sheet(tmp_path / "sheet.png", fewshot.load_glyphs(cache), rows=3)
     with Image.open(tmp_path / "sheet.png") as image:
