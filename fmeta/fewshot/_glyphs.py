@@ -109,7 +109,7 @@ def load_glyphs(
     if not path.exists():
         _write(path, _build(progress))
     try:
-        with np.load(path) as held:
+        with open(path, "rb") as file, np.load(file) as held:  # which is left open by an error
             return {
                 split: Glyphs(torch.from_numpy(held[split]), tuple(held[f"{split}/names"].tolist()))
                 for split in SCRIPTS
