@@ -86,9 +86,10 @@ class TracedWithGradient:
                 )
             return [*(x.detach() for x in leaves), *grads]
 
+        with torch.no_grad():
+            leaves = values(*flat)  # what is wrong with the function itself, it says itself
         try:
             with torch.no_grad():
-                leaves = values(*flat)
                 smooth = [is_differentiable(x) for x in leaves]
                 given = [*flat, *(torch.ones_like(x) for x in leaves if is_differentiable(x))]
                 module = make_fx(joint)(*given)
@@ -96,7 +97,7 @@ class TracedWithGradient:
                     module = make_fx(functionalize(module))(*given)
                 simplify(module)
                 same = equal(module(*given), joint(*given))
-        except Exception as error:  # not recordable, or wrong: then the function itself says so
+        except Exception as error:  # not recordable, or without a derivative
             if self.compile:
                 raise uncompilable() from error
             return None

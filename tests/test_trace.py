@@ -1,11 +1,14 @@
 """Recorded functions give what they give unrecorded, bit for bit, in fewer calls."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import grad_and_value
 
 from fmeta import trees
 from fmeta._trace import Traced
+from fmeta._trace_gradient import TracedWithGradient
 from fmeta.random import fold_in
 
 
@@ -135,6 +138,12 @@ def test_views_that_are_edited_in_place_stay_views_of_their_own():
 def test_what_cannot_be_recorded_cannot_be_compiled():
     with pytest.raises(ValueError, match="cannot be compiled"):
         Traced(lambda x: x + 1 if x.sum() > 0 else x, compile=True)(torch.ones(1))
+
+
+@pytest.mark.parametrize("traced", [Traced, partial(TracedWithGradient, differentiated=1)])
+def test_errors_of_the_function_are_not_taken_for_what_cannot_be_compiled(traced):
+    with pytest.raises(RuntimeError, match="must match"):
+        traced(lambda x: x + torch.ones(3), compile=True)(torch.ones(2))
 
 
 @pytest.mark.slow

@@ -121,7 +121,8 @@ def score_function(
         checkpoint: of the recurrent gradient, as in `fmeta.scan`.
         chunk_size: tasks worked on together; None: all.
         trace: the inner step is recorded once and replayed, with the same results; False where
-            ``family.loss`` or the rule are no pure functions of tensors.
+            ``family.loss``, the rule, ``bind`` or ``std`` are no pure functions of tensors: a
+            Python number that they read is read once, so noise that falls comes by ``meta_params``.
 
     Returns:
         An `Estimator`. Everything drawn for task i of estimate k is a function of ``(seed, k, i)``,
