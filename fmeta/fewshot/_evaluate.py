@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fmeta import trees
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
@@ -74,6 +75,8 @@ def evaluate(
     score = loss_named(loss)
     options = {} if num_steps is None else {"num_steps": num_steps}
     like = likeness(meta_params)
+    # Inner gradients record a graph, for a step: not of what is the same for all steps.
+    meta_params = trees.map(Tensor.detach, meta_params)
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         outputs = learner.predict(learner.adapt(meta_params, support, **options), query.x)

@@ -1,5 +1,7 @@
 """What holds of every learner: estimates are gradients, episodes do not see each other."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -95,6 +97,36 @@ def test_evaluation_records_no_graph(name):
     assert half > 0
     once = fewshot.evaluate(learner, meta_params, source, num_episodes=5, batch_size=5)
     torch.testing.assert_close(scores.losses, once.losses)
+
+
+@pytest.mark.parametrize("name", kit.OF_STEPS)
+def test_evaluation_keeps_nothing_of_one_step_in_the_next(name):
+    """What autograd saves for inner gradients is gone after the step, however many there are."""
+    learner = kit.LEARNERS[name]()
+    meta_params = double(learner.init(fold_in(1)))
+    meta_params = trees.map(lambda x: x.requires_grad_(), meta_params)
+    source, _ = kit.points()
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def most_at_once(num_steps):
+        saved, most = weakref.WeakSet(), [0]
+
+        def pack(tensor):
+            made = Saved(tensor)
+            saved.add(made)
+            most[0] = max(most[0], len(saved))
+            return made
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda made: made.tensor):
+            fewshot.evaluate(learner, meta_params, source, num_episodes=2, num_steps=num_steps)
+        return most[0]
+
+    few = most_at_once(2)
+    assert few > 0
+    assert most_at_once(9) == few
 
 
 @pytest.mark.parametrize("name", kit.OF_STEPS)
