@@ -113,6 +113,10 @@ def evolution(
         raise ValueError(
             f"num_tasks must be a multiple of num_particles, got {num_tasks} and {particles}"
         )
+    if compile and not trace:
+        raise ValueError(
+            "compile=True compiles the recorded step, so it goes with trace=True alone"
+        )
     noise = Noise(std, perturb)
     each = num_tasks // particles
 

@@ -88,8 +88,8 @@ def pes(
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks,
-            an optimizer that needs what the family's ``extras`` do not give; later, a ``meta_loss``
-            of another shape.
+            ``compile`` without ``trace``, an optimizer that needs what the family's ``extras`` do
+            not give; later, a ``meta_loss`` of another shape.
         TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
 
     Reference:

@@ -483,6 +483,12 @@ def test_mixtures_of_structures_and_learned_rules():
         assert not found.metrics["diverged"].any()
 
 
+@pytest.mark.parametrize("make", [es, es_single, nres, pes])
+def test_compiling_what_is_not_recorded_is_refused(make):
+    with pytest.raises(ValueError, match=r"compile=True.*trace=True"):
+        build(make, trace=False, compile=True)
+
+
 def test_wrong_reuse_is_refused():
     with pytest.raises(ValueError, match="reuse must be at least 1, got 0"):
         build(nres, reuse=0)
