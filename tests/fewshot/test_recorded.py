@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fmeta
 from fmeta import fewshot, trees
 from fmeta.fewshot import _meta_batch
 from fmeta.random import fold_in
@@ -153,3 +154,27 @@ def test_compiled_estimates_are_equal_to_rounding():
         got = compiled.estimate(plain.init(), episodes)
         for a, b in zip(trees.leaves(got.grads), trees.leaves(want.grads), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_meta_training_that_is_resumed_records_later_and_is_the_same(monkeypatch, tmp_path, at):
+    """Interrupted before the recording, which is after three steps, and after it."""
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 3)
+    source, meta_params = kit.points()[0], kit.LEARNERS["maml"]().init()
+
+    def train(run, **options):
+        stream = fewshot.estimator(kit.LEARNERS["maml"](), source, num_tasks=2)
+        outer = fmeta.optimizers.adam(0.01)
+        return run(
+            estimator=stream, meta_params=meta_params, outer=outer, num_steps=8, **options
+        ).meta_params
+
+    def stop(metrics):
+        if metrics["step"] == at:
+            raise KeyboardInterrupt
+
+    whole = train(fmeta.meta_train.run)
+    with pytest.raises(KeyboardInterrupt):
+        train(fmeta.meta_train.run, checkpoint_folder=tmp_path, on_step=stop)
+    rest = train(fmeta.meta_train.resume, checkpoint_folder=tmp_path)
+    assert all(map(torch.equal, trees.leaves(rest), trees.leaves(whole)))
