@@ -52,6 +52,8 @@ def for_compiler() -> bool:
     Then a rule does well to be written out number by number, which makes few loops without
     temporaries of it; where every operation is a call, it would be many more of them.
     """
+    if torch.compiler.is_compiling():  # a step that the user compiles: it may be differentiated
+        return False
     return _for_compiler.get()
 
 

@@ -36,7 +36,8 @@ def rank_of_the_job(rank):
     os.dup2(log, 2)
     faulthandler.dump_traceback_later(float(seconds))  # says where a process waits for another
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    with joined(patience=6.0) as ranks:
+    # A busy machine must not be taken for a lost rank, but where one is killed.
+    with joined(patience=6.0 if name == "slow" else 60.0) as ranks:
         result = getattr(jobs, name)(ranks, folder)
     torch.save(result, folder / f"{name}-{rank}.pt")
 
