@@ -46,7 +46,7 @@ except ImportError:
 
 TRUNCATION, HORIZON, BATCH, STD = 20, 200, 128, 0.01
 # Members at a time, the fastest of 8 and 32 for each.
-CHUNKS = {"eager": 32, "recorded": 32, "compiled": 32, "JAX": 8}
+CHUNKS = {"eager": 32, "recorded": 32, "compiled": 64, "JAX": 8}
 RULES = ("adafactor_mlp", "mlp", "normalized_mlp")
 WAYS: dict[str, dict[str, dict[str, bool]]] = {
     "pes": {"eager": {"trace": False}, "recorded": {}, "compiled": {"compile": True}},
