@@ -14,7 +14,7 @@ import pytest
 import torch
 
 JOBS = Path(__file__).parent / "jobs.py"
-TIMEOUT = 150
+TIMEOUT = 400  # seconds; much for four processes on two busy cores
 
 # One process imports what all need, then it forks the ranks: before it has started a thread.
 PARENT = """
