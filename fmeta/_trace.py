@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta import trees
+from fmeta._inductor import written_out_options
 
 __all__ = [
     "VIEWS",
@@ -33,16 +34,6 @@ __all__ = [
 
 recording = threading.Lock()  # which is for one thread at a time
 
-# What is written out number by number has many terms, of which torch would else keep partial sums
-# in memory; a product is not rounded before it is added.
-_OPTIONS = {
-    "realize_opcount_threshold": 10**6,
-    "realize_cpu_opcount_threshold": 10**6,
-    "realize_acc_reads_threshold": 10**6,
-    "realize_cpu_acc_reads_threshold": 10**6,
-    "cpp.max_horizontal_fusion_size": 64,
-    "cpp.enable_floating_point_contract_flag": "fast",
-}
 _for_compiler: ContextVar[bool] = ContextVar("_for_compiler", default=False)
 
 
@@ -55,11 +46,6 @@ def for_compiler() -> bool:
     if torch.compiler.is_compiling():  # a step that the user compiles: it may be differentiated
         return False
     return _for_compiler.get()
-
-
-def _options() -> dict[str, Any]:
-    known = torch._inductor.list_options()
-    return {name: value for name, value in _OPTIONS.items() if name in known}
 
 
 @contextlib.contextmanager
@@ -81,7 +67,8 @@ class Traced:
     Args:
         fn: ``fn(*trees) -> tree``; leaves are tensors.
         compile: hand what was recorded to `torch.compile`: faster still, and equal to rounding
-            only, after a compilation of 15 to 40 seconds. What cannot be recorded is an error.
+            only, after a compilation of 15 seconds to two minutes. What cannot be recorded is an
+            error.
         after: so many calls of each kind go to ``fn`` itself before one is recorded, which takes
             as long as many calls do.
         most: so many kinds are recorded, which takes memory; further ones go to ``fn`` itself.
@@ -139,7 +126,7 @@ class Traced:
         if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
-            options = _options() if self.written_out else None
+            options = written_out_options() if self.written_out else None
             return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation
 

@@ -17,7 +17,7 @@ from fmeta.optimizers._coordinate_net import EPS, Layers, time_bias
 from fmeta.optimizers._features import factored_axes
 from fmeta.optimizers._fused import compiled, layer, of_one_order, one_loop, sums_of_squares
 
-__all__ = ["MOST_UNITS", "fused"]
+__all__ = ["MOST_UNITS", "features", "fused"]
 
 # Networks with wider layers are too long written out unit by unit.
 MOST_UNITS = 8
@@ -71,9 +71,15 @@ def _features(
     p: Tensor,
     g: Tensor,
 ) -> list[Tensor]:
-    """The features in the order of `Net.columns`."""
     zero = zeros[0] + zeros[1]
     p, *moments = (x + zero for x in (p, *moments))
+    return features(moments, momenta, row, col, p, g)
+
+
+def features(
+    moments: list[Tensor], momenta: int, row: Tensor, col: Tensor, p: Tensor, g: Tensor
+) -> list[Tensor]:
+    """The features in the order of `Net.columns`."""
     m, v = moments[:momenta], moments[momenta:]
     root = [torch.rsqrt(x + 1e-6) for x in v]
     factor = [r * c for r, c in zip(row.unbind(0), col.unbind(0), strict=True)]

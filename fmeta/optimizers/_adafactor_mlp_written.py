@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from fmeta._trace import for_compiler
+from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, features
 from fmeta.optimizers._adafactor_mlp_net import Net, axes_of, of_sides, planes, second_moments
 from fmeta.optimizers._coordinate_net import EPS, time_bias
 from fmeta.optimizers._fused import layer
 
 __all__ = ["is_written_out", "written_out"]
 
-# Smaller tensors are not worth the longer compilation, wider layers are too long.
-_COORDINATES, _UNITS = 2**10, 8
+_COORDINATES = 2**10  # smaller ones are not worth the longer compilation
 
 
 def is_written_out(net: Net, p: Tensor, batch: int) -> bool:
     """Whether this is the form for a tensor."""
     if not for_compiler() or batch or p.ndim < 2 or p.numel() < _COORDINATES:
         return False
-    return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= _UNITS
+    return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= MOST_UNITS
 
 
 def written_out(
@@ -40,14 +40,8 @@ def written_out(
     sides = of_sides(net, second, axes, 0)
     for name, weight in zip(planes(net), (*net.momentum, *net.rms), strict=True):
         new[name] = torch.lerp(h[name], square if name.startswith("rms") else g, weight)
-    m = [new[f"m{i}"] for i in range(len(net.momentum))]
-    v = [new[f"rms{i}"] for i in range(len(net.rms))]
-    root = [torch.rsqrt(x + 1e-6) for x in v]
-    pairs = zip(sides.row_factor.unbind(0), sides.col_factor.unbind(0), strict=True)
-    factor = [row * col for row, col in pairs]
-    over_root = [x * root[min(i, len(root) - 1)] for i, x in enumerate(m)]
-    rows = [g, p, *m, *v, *over_root, *root, *(f * g for f in factor)]
-    rows += [x * f for x, f in zip(m, factor, strict=True)]
+    moments, momenta = [new[name] for name in planes(net)], len(net.momentum)
+    rows = features(moments, momenta, sides.row_factor, sides.col_factor, p, g)
     squares = torch.stack([x.square().sum() for x in rows])
     columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
     bias = (sides.row_bias + time_bias(net.time, h["count"], p, 0)).unbind(0)

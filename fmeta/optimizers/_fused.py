@@ -18,22 +18,14 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as _shapes
 
+from fmeta._inductor import written_out_options
+
 __all__ = ["FUSED_NUMEL", "compiled", "layer", "of_one_order", "one_loop", "sums_of_squares"]
 
 # Smaller tensors are stacked and updated together, which no compiled loop would make faster.
 FUSED_NUMEL = 2**13
 # One for each number of axes, and for each set of axes of size 1.
 _VARIANTS = 64
-# As it is, torch stores the partial sums of a layer for all coordinates (so many terms are too many
-# for it) and goes over them in several loops; and it rounds each product before it is added.
-_OPTIONS: dict[str, Any] = {
-    "realize_opcount_threshold": 10**6,
-    "realize_cpu_opcount_threshold": 10**6,
-    "realize_acc_reads_threshold": 10**6,
-    "realize_cpu_acc_reads_threshold": 10**6,
-    "cpp.max_horizontal_fusion_size": 64,
-    "cpp.enable_floating_point_contract_flag": "fast",
-}
 
 
 @functools.cache
@@ -46,8 +38,7 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     more: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         more["recompile_limit"] = _VARIANTS
-    known = torch._inductor.list_options()
-    options = {name: value for name, value in _OPTIONS.items() if name in known}
+    options = written_out_options()
     call = torch.compile(fn, fullgraph=True, dynamic=True, options=options, **more)
 
     @functools.wraps(fn)

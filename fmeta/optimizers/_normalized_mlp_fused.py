@@ -25,7 +25,7 @@ from fmeta.optimizers._normalized_mlp_net import (
     second_moments,
 )
 
-__all__ = ["fused_delta"]
+__all__ = ["features", "fused_delta"]
 
 Tree = Any
 
@@ -107,9 +107,14 @@ def _features(
     p: Tensor,
     g: Tensor,
 ) -> list[Tensor]:
-    """The 18 features in the order of `main_columns`, of a clamped gradient."""
     zero = zeros[0] + zeros[1]
-    p, *m, rms = (x + zero for x in (p, *moments))
+    p, *moments = (x + zero for x in (p, *moments))
+    return features(moments, row, col, p, g)
+
+
+def features(moments: list[Tensor], row: Tensor, col: Tensor, p: Tensor, g: Tensor) -> list[Tensor]:
+    """The 18 features in the order of `main_columns`, of a clamped gradient."""
+    *m, rms = moments
     root = torch.rsqrt(rms + 1e-8)
     factor = [r * c for r, c in zip(row.unbind(0), col.unbind(0), strict=True)]
     own = [g, torch.clamp(g, -0.1, 0.1), p, *m, rms]

@@ -15,6 +15,7 @@ from torch import Tensor
 from fmeta._trace import for_compiler
 from fmeta.optimizers import _normalized_mlp_net as net
 from fmeta.optimizers._fused import layer
+from fmeta.optimizers._normalized_mlp_fused import features
 
 __all__ = ["is_written_out", "written_out"]
 
@@ -39,13 +40,8 @@ def written_out(
     new = net._moments(g, square, h)
     new |= net.second_moments(h, square.mean(d0), square.mean(d1))
     sides = net.factored_features(th, new, axes)
-    *m, rms = (new[name] for name in net.MOMENTS)
-    root = torch.rsqrt(rms + 1e-8)
-    pairs = zip(sides.row_factor.unbind(0), sides.col_factor.unbind(0), strict=True)
-    factor = [row * col for row, col in pairs]
-    rows = [g, torch.clamp(g, -0.1, 0.1), p, *m, rms, *(x * root for x in m), root]
-    rows += [*(f * g for f in factor), g * root]
-    rows += [x * f for x, f in zip(m, factor, strict=True)]
+    moments = [new[name] for name in net.MOMENTS]
+    rows = features(moments, sides.row_factor, sides.col_factor, p, g)
     squares = torch.stack([x.square().sum() for x in rows])
     w = net.main_columns(th) * torch.rsqrt(squares / p.numel() + 1e-9)
     bias = zip(sides.row_bias.unbind(0), sides.col_bias.unbind(0), strict=True)
