@@ -25,7 +25,7 @@ _vjp: Any = torch.func.vjp  # its types know nothing of has_aux
 
 
 def mixed_grad_and_value(
-    fn: Callable[..., tuple[Tensor, Any]], params: Any, *args: Any
+    fn: Callable[..., tuple[Tensor, Any]], params: Any, *args: Any, known: Any = None
 ) -> tuple[Any, tuple[Tensor, Any]]:
     """As `fmeta._autodiff.grad_and_value`, differentiated again forward over reverse.
 
@@ -33,6 +33,8 @@ def mixed_grad_and_value(
         fn: ``fn(params, *args) -> (scalar, aux)``; it must not close over a traced tensor.
         params: tree of floating tensors.
         *args: further trees of tensors.
+        known: what an earlier call with the same arguments returned. Then nothing is evaluated
+            here; derivatives are those of the function all the same.
 
     Returns:
         ``(grads, (loss, aux))``.
@@ -50,22 +52,31 @@ def mixed_grad_and_value(
         rebuild_aux[:] = [rebuilder]
         return (loss, *found)
 
-    out = _MixedGrad.apply(flat, n, *inputs)
+    if known is not None:
+        values, rebuild_known = trees.tensors(known)
+        found: tuple[Any, tuple[Tensor, Any]] = rebuild_known(
+            _MixedGrad.apply(flat, n, len(values), *values, *inputs)
+        )
+        return found
+    out = _MixedGrad.apply(flat, n, 0, *inputs)
     return trees.unflatten(params_spec, out[:n]), (out[n], rebuild_aux[0](out[n + 1 :]))
 
 
 class _MixedGrad(torch.autograd.Function):
-    """``apply(fn, n, *tensors) -> (*grads of the first n, loss, *aux)``."""
+    """``apply(fn, n, k, *k known values, *tensors) -> (*grads of the first n, loss, *aux)``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(fn: Any, n: int, *args: Tensor) -> tuple[Tensor, ...]:
+    def forward(fn: Any, n: int, k: int, *args: Tensor) -> tuple[Tensor, ...]:
+        if k:
+            return tuple(x.view_as(x) for x in args[:k])
         return _grads_loss_aux(fn, n, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.fn, ctx.n, *args = inputs
+        ctx.fn, ctx.n, ctx.k, *args = inputs
+        args = args[ctx.k :]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args)
         ctx.save_for_forward(*args)
@@ -77,12 +88,15 @@ class _MixedGrad(torch.autograd.Function):
         def pull(*which: Any) -> Any:
             return functools.partial(_pull, ctx.fn, ctx.n, *which)
 
-        grads = pulled_back(ctx.saved_tensors, ctx.needs_input_grad[2:], cotangents, pull)
-        return (None, None, *grads)
+        needed = ctx.needs_input_grad[3 + ctx.k :]
+        grads = pulled_back(ctx.saved_tensors, needed, cotangents, pull)
+        return (None, None, None, *[None] * ctx.k, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, _fn: None, _n: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        args = ctx.saved_tensors
+    def jvp(
+        ctx: Any, _fn: None, _n: None, _k: None, *tangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        args, tangents = ctx.saved_tensors, tangents[ctx.k :]
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
         push = functools.partial(_push, ctx.fn, ctx.n, wrt, len(args))
         out = _Remat.apply(push, *args, *[t for t in tangents if t is not None])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmeta import _autodiff, trees
 
-__all__ = ["remat"]
+__all__ = ["remat", "remat_keeping"]
 
 FlatFn = Callable[..., tuple[Tensor, ...]]
 
@@ -46,6 +46,40 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         outputs = _Remat.apply(flat, *inputs)
         return rebuild_result[0](outputs)
+
+    return wrapped
+
+
+def remat_keeping(fn: Callable[..., tuple[Any, Any]], again: Callable[..., Any]) -> Any:
+    """As `remat`, but some of what was found on the way is kept, to make the second time cheaper.
+
+    Args:
+        fn: ``fn(*args) -> (result, kept)``, trees of tensors.
+        again: ``again(kept, *args) -> result``, which may take values from ``kept``, but whose
+            derivatives must be those of the function of ``args`` alone: ``kept`` is a constant.
+
+    Returns:
+        A function of ``args`` that gives the result.
+    """
+
+    def wrapped(*args: Any) -> Any:
+        inputs, rebuild = trees.tensors(args)
+        known: list[Any] = []
+
+        def flat(*values: Tensor) -> tuple[Tensor, ...]:
+            result, kept = fn(*rebuild(values))
+            outputs, rebuild_result = trees.tensors(result)
+            found, rebuild_kept = trees.tensors(kept)
+            known[:] = [len(outputs), rebuild_result, rebuild_kept]
+            return _distinct([*outputs, *found], values)
+
+        def flat_again(*values: Tensor) -> tuple[Tensor, ...]:
+            args, kept = values[: len(inputs)], values[len(inputs) :]
+            outputs = trees.tensors(again(known[2](kept), *rebuild(args)))[0]
+            return _distinct(outputs, values)
+
+        everything = _Keeping.apply(flat, flat_again, lambda: known[0], *inputs)
+        return known[1](everything[: known[0]])
 
     return wrapped
 
@@ -97,6 +131,58 @@ class _Remat(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], fn: FlatFn, *args: Tensor) -> Any:
         batched = functools.partial(_vmap, fn, tuple(in_dims[1:]), info.randomness)
         out = _Remat.apply(batched, *args)
+        return out, (0,) * len(out)
+
+
+class _Keeping(torch.autograd.Function):
+    """``apply(fn, again, count, *tensors) -> (*count() results, *kept)``."""
+
+    @staticmethod
+    def forward(fn: FlatFn, again: FlatFn, count: Any, *args: Tensor) -> tuple[Tensor, ...]:
+        return fn(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fn, ctx.again, count, *args = inputs
+        ctx.count, ctx.inputs = count(), len(args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args, *output[ctx.count :])
+        ctx.save_for_forward(*args)
+        ctx.differentiable = [
+            i < ctx.count and _autodiff.is_differentiable(x) for i, x in enumerate(output)
+        ]
+        constants = zip(output, ctx.differentiable, strict=True)
+        ctx.mark_non_differentiable(*[x for x, d in constants if not d])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        def pull(*which: Any) -> FlatFn:
+            return functools.partial(_vjp, ctx.again, *which)
+
+        needed = (*ctx.needs_input_grad[3:], *[False] * (len(cotangents) - ctx.count))
+        grads = pulled_back(ctx.saved_tensors, needed, cotangents[: ctx.count], pull)
+        return (None, None, None, *grads[: ctx.inputs])
+
+    @staticmethod
+    def jvp(ctx: Any, _fn: None, _again: None, _count: None, *tangents: Tensor | None) -> Any:
+        args = ctx.saved_tensors[: ctx.inputs]
+        wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
+        push = functools.partial(_jvp, ctx.fn, wrt, len(args))
+        out = _Remat.apply(push, *args, *[t for t in tangents if t is not None])
+        return tuple(x if d else None for x, d in zip(out, ctx.differentiable, strict=True))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], fn: FlatFn, again: FlatFn, count: Any, *args: Tensor
+    ) -> Any:
+        dims = tuple(in_dims[3:])
+
+        def batched_again(*values: Tensor) -> Any:
+            kept = (0,) * (len(values) - len(args))
+            return _vmap(again, (*dims, *kept), info.randomness, *values)
+
+        batched = functools.partial(_vmap, fn, dims, info.randomness)
+        out = _Keeping.apply(batched, batched_again, count, *args)
         return out, (0,) * len(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._mixed import mixed_grad_and_value
 from fmeta._remat import remat
 from fmeta._scan import CURE, checked_args, loop_length, scan
+from fmeta._scan_keeping import scan_keeping
 from fmeta.optimizer import (
     Optimizer,
     apply_updates,
@@ -67,7 +69,7 @@ def inner_step(
     *,
     loss_args: Sequence[Tree] = (),
     first_order: bool | str = False,
-    mixed_mode: bool = False,
+    mixed_mode: bool | str = False,
     recompute: str | None = None,
 ) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
     """One step of inner training as a pure function.
@@ -89,7 +91,7 @@ def inner_step(
             that do not match (with the path).
     """
     check_optimizer_type(optimizer, "optimizer")
-    _check_recompute(recompute, mixed_mode)
+    _check_modes(recompute, mixed_mode)
     run = _step(optimizer, loss_fn, _order(first_order), mixed_mode, recompute)
     default_args = checked_args(loss_args, "loss_args")
 
@@ -107,7 +109,8 @@ def inner_step(
         _check_extras(extras)
         if recompute is not None:
             _guard.refuse_closures_and_noise(run, opt_params, state, batch, args, extras, cure=CURE)
-        return run(opt_params, state, batch, args, extras)
+        state, loss, _ = run(opt_params, state, batch, args, extras)
+        return state, {"loss": loss}
 
     return step
 
@@ -116,9 +119,14 @@ def _step(
     optimizer: Optimizer,
     loss_fn: Callable[..., Any],
     order: str | None,
-    mixed_mode: bool,
+    mixed_mode: bool | str,
     recompute: str | None,
-) -> Callable[..., tuple[InnerState, dict[str, Tensor]]]:
+) -> Callable[..., tuple[InnerState, Tensor, Any]]:
+    """``step(opt_params, state, batch, args, extras) -> (state, loss, found)``.
+
+    ``found`` is what the gradient gave; in mixed mode a further argument that is this saves its
+    evaluation.
+    """
     gradient: Callable[..., Any] = mixed_grad_and_value if mixed_mode else grad_and_value
     if not optimizer.reads_grads:
         gradient = _no_gradient
@@ -129,18 +137,25 @@ def _step(
         update = _recomputed_update(optimizer)
 
     def step(
-        opt_params: Tree, state: InnerState, batch: Tree, args: Any, extras: Any
-    ) -> tuple[InnerState, dict[str, Tensor]]:
+        opt_params: Tree, state: InnerState, batch: Tree, args: Any, extras: Any, known: Any = None
+    ) -> tuple[InnerState, Tensor, Any]:
         params, hidden, model_state = state
         stateless = _absent(model_state)
+        given = {} if known is None else {"known": known}
         if stateless:
-            grads, (loss, new_state) = gradient(
-                lambda p, b, a: (loss_fn(p, b, *a), model_state), params, batch, args
+            found = gradient(
+                lambda p, b, a: (loss_fn(p, b, *a), model_state), params, batch, args, **given
             )
         else:
-            grads, (loss, new_state) = gradient(
-                lambda p, b, s, a: _pair(loss_fn(p, b, s, *a)), params, batch, model_state, args
+            found = gradient(
+                lambda p, b, s, a: _pair(loss_fn(p, b, s, *a)),
+                params,
+                batch,
+                model_state,
+                args,
+                **given,
             )
+        grads, (loss, new_state) = found
         read_params, read_loss = params, loss
         if order is not None:
             grads = _detached(grads)
@@ -155,7 +170,7 @@ def _step(
         delta, hidden = update(
             opt_params, read_params, grads, hidden, loss=read_loss, extras=extras
         )
-        return InnerState(apply_updates(params, delta), hidden, new_state), {"loss": loss}
+        return InnerState(apply_updates(params, delta), hidden, new_state), loss, found
 
     return step
 
@@ -174,7 +189,7 @@ def unroll(
     extras: Extras = None,
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
-    mixed_mode: bool = False,
+    mixed_mode: bool | str = False,
     recompute: str | None = None,
     eval_batches: Tree = None,
     eval_loss_fn: Callable[..., Any] | None = None,
@@ -250,7 +265,7 @@ def unroll(
             f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
             "takes no second derivative that mixed mode could make cheaper; drop one of the two"
         )
-    _check_recompute(recompute, mixed_mode)
+    _check_modes(recompute, mixed_mode)
     if eval_loss_fn is not None and eval_batches is None:
         raise ValueError("eval_loss_fn is given without eval_batches: give both")
     computed = extras if callable(extras) else None
@@ -271,17 +286,24 @@ def unroll(
     evaluate = loss_fn if eval_loss_fn is None else eval_loss_fn
     args = checked_args(loss_args, "loss_args")
 
-    def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
-        state, metrics = step(opt_params, state, x["batches"], args, computed or x["extras"])
+    def keeping_body(
+        state: InnerState, x: Any, opt_params: Tree, args: Any, known: Any = None
+    ) -> tuple[InnerState, Any, Any]:
+        state, loss, found = step(
+            opt_params, state, x["batches"], args, computed or x["extras"], known
+        )
         if eval_batches is None:
-            return state, (metrics["loss"],)
+            return state, (loss,), found
         shown = optimizer.eval_params(opt_params, state.params, state.hidden)
         if _absent(state.model_state):
             value = evaluate(shown, x["eval_batches"], *args)
         else:
             value = _pair(evaluate(shown, x["eval_batches"], state.model_state, *args))[0]
         check_scalar(value, "eval_loss_fn")
-        return state, (metrics["loss"], value)
+        return state, (loss, value), found
+
+    def body(state: InnerState, x: Any, opt_params: Tree, args: Any) -> tuple[InnerState, Any]:
+        return keeping_body(state, x, opt_params, args)[:2]
 
     if (mixed_mode or recompute) and checkpoint is None:  # a checkpointed scan looks by itself
         first = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, xs)
@@ -289,7 +311,10 @@ def unroll(
             _guard_loss(loss_fn, model_params, first["batches"], start.model_state, args)
         else:
             _guard.refuse_closures_and_noise(body, start, first, opt_params, args, cure=CURE)
-    state, ys = scan(body, start, xs, consts=(opt_params, args), checkpoint=checkpoint)
+    loop: Any = functools.partial(scan, body)
+    if mixed_mode == "keep_gradients" and checkpoint is not None and optimizer.reads_grads:
+        loop = functools.partial(scan_keeping, keeping_body)
+    state, ys = loop(start, xs, consts=(opt_params, args), checkpoint=checkpoint)
     evals = ys[1] if len(ys) > 1 else ()
     return Run(ys[0], state.params, state.hidden, state.model_state, evals)
 
@@ -314,7 +339,9 @@ def _recomputed_update(optimizer: Optimizer) -> Callable[..., Any]:
     return update
 
 
-def _check_recompute(recompute: Any, mixed_mode: bool) -> None:
+def _check_modes(recompute: Any, mixed_mode: Any) -> None:
+    if not isinstance(mixed_mode, bool) and mixed_mode != "keep_gradients":
+        raise ValueError(f'mixed_mode must be False, True or "keep_gradients", got {mixed_mode!r}')
     if recompute not in (None, "gradient", "rule", "both"):
         raise ValueError(f'recompute must be None, "gradient", "rule" or "both", got {recompute!r}')
     if mixed_mode and recompute in ("gradient", "both"):

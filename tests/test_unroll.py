@@ -25,6 +25,8 @@ MODES = {
     "2 snapshots": {"checkpoint": 2},
     "mixed": {"mixed_mode": True},
     "mixed, sqrt": {"mixed_mode": True, "checkpoint": "sqrt"},
+    "kept gradients, sqrt": {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"},
+    "kept gradients, 2 snapshots": {"mixed_mode": "keep_gradients", "checkpoint": 2},
 }
 modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 

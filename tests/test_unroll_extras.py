@@ -27,6 +27,7 @@ MODES = {
     "2 snapshots": {"checkpoint": 2},
     "mixed": {"mixed_mode": True},
     "mixed, sqrt": {"mixed_mode": True, "checkpoint": "sqrt"},
+    "kept gradients, sqrt": {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"},
 }
 modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 
