@@ -42,7 +42,8 @@ class PlannedUnroll(NamedTuple):
     Attributes:
         options: keywords of `unroll`; and ``chunked``, the ``coordinates`` of `fmeta.chunked`.
         bytes: most bytes alive at once in the forward and backward pass, beside what goes in.
-        forward_passes: how often a step is run forward under this ``checkpoint``, at most.
+        forward_passes: how often a step of the model is run forward under this ``checkpoint``, at
+            most.
         bookkeeping: bytes that autograd and the allocator take on the host beside these tensors,
             roughly: what counts where there are many small ones.
     """
@@ -193,8 +194,11 @@ class _Held:
         schedule = options.get("checkpoint")
         rest = {k: v for k, v in options.items() if k != "checkpoint"}
 
+        keeps = options.get("mixed_mode") == "keep_gradients" and self.optimizer.reads_grads
+        kept = self.kept() if keeps and schedule is not None and which == 0 else 0
+
         def at(steps: int, schedule: Any = None) -> int:
-            return self.peak(steps, rest, schedule)[which]
+            return self.peak(steps, rest, schedule)[which] - steps * kept
 
         if schedule is None:
             # The first steps and the last hold less: nothing comes before them, or after.
@@ -204,7 +208,7 @@ class _Held:
         # three short loops: "sqrt" cuts 5 and 8 steps into pieces of one, 10 into five of two.
         five, eight, ten = (at(t, "sqrt") for t in (5, 8, 10))
         state = (eight - five) / 3
-        graph, start = ten - five, five - 4 * state
+        graph, start = ten - five, five - 4 * state + horizon * kept
         if schedule == "sqrt":
             size = segment_size(horizon)
             count = -(-horizon // size)
@@ -212,11 +216,17 @@ class _Held:
                 (count - 1) * state + (min(size, horizon - (count - 1) * size) - 1) * graph,
                 (count - 2) * state + (size - 1) * graph if count > 1 else 0,
             )
-            return start + most, 2
+            return start + most, 1 if keeps else 2
         depth, stride = treeverse_plan(horizon, schedule)
         # Each further level of nesting holds the cotangent of a state while it waits.
         most = _treeverse_cost(schedule, depth, stride, horizon, (state, cotangent, graph))
-        return start - cotangent + most, depth + 2
+        return start - cotangent + most, 1 if keeps else depth + 2
+
+    def kept(self) -> int:
+        """Bytes of a step's gradient, loss and model state."""
+        _, model_params, _, arguments = self.given
+        one = next(x for x in trees.leaves(model_params) if _is_floating(x))
+        return _bytes((model_params, arguments.get("model_state"))) + one.element_size()
 
     def cotangent(self) -> Tree:
         """What of a state has a cotangent."""

@@ -224,9 +224,12 @@ def unroll(
             function gives are constants where the rule reads them. The path through ``params +
             delta`` and through ``hidden`` is never cut, and values are equal in all three.
         checkpoint: ``None``, ``"sqrt"`` or a number of snapshots, see `fmeta.scan`.
-        mixed_mode: Hessian-vector products forward over reverse (2505.00793): same values, less
-            memory a step, more time on small models. With ``first_order`` there is no such
-            product to take, so the two together are refused.
+        mixed_mode: True: Hessian-vector products forward over reverse (2505.00793): same values,
+            less memory a step, more time on small models. ``"keep_gradients"`` (an option there, too):
+            under ``checkpoint`` the gradients of all T steps are kept, so that steps that are run
+            again do not evaluate the model: faster, for T times the size of the parameters;
+            without ``checkpoint`` the same as True. With ``first_order`` there is no such product
+            to take, so the two together are refused.
         recompute: what of a step is computed again in the backward pass, so that its graph is not
             kept: ``None``, ``"gradient"`` (the model's: loss and inner backward pass), ``"rule"``
             (the optimizer's update) or ``"both"``. Under ``checkpoint`` it bounds what is held

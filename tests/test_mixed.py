@@ -136,3 +136,71 @@ def test_a_loss_that_is_no_scalar_is_refused_as_without():
             fmeta.unroll(
                 optimizers.sgd(0.1), lambda p, x: p["w"], {}, P, torch.zeros(3), mixed_mode=mode
             )
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_derivatives_are_those_of_the_function_where_its_values_are_known(transform):
+    def taken_from(found):
+        return lambda loss, *args: mixed_grad_and_value(loss, *args, known=found)
+
+    if "vmap" in transform:
+        many = [mixed_grad_and_value(loss, P, X2[i], S2[i]) for i in (0, 1)]
+        for _, (_, aux) in many:
+            del aux["name"]  # None, which vmap does not take
+        known = fmeta.trees.stack(many)
+
+        def f(p, x, s, known):  # what is known is batched along, as in a batched loop
+            return size(taken_from(known))(p, x, s)
+
+        batched = lambda p, x, s: vmap(f, (None, 0, 0, 0))(p, x, s, known)
+        gradients = lambda p, x, s: vmap(grad(f, ALL), (None, 0, 0, 0))(p, x, s, known)
+        got = {
+            "vmap": lambda: batched(P, X2, S2),
+            "vmap of grad": lambda: gradients(P, X2, S2),
+            "grad of vmap": lambda: grad(lambda p: cubes(batched(p, X2, S2)))(P),
+        }[transform]()
+    else:
+        got = TRANSFORMS[transform](size(taken_from(mixed_grad_and_value(loss, P, X, S))))
+    want = TRANSFORMS[transform](size(grad_and_value))
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpoint", ["sqrt", 2, 1])
+def test_kept_gradients_spare_all_but_one_evaluation_of_a_step(checkpoint):
+    calls = []
+
+    def fn(p, x):
+        calls.append(1)
+        return loss(p, x, S)[0]
+
+    xs = torch.randn(8, 4, 3, generator=fold_in(5), **DOUBLE)
+
+    def evaluations(mixed_mode):
+        rule = fmeta.learn(optimizers.adam, {"lr": "log"}, lr=0.1)
+        theta = {"lr": rule.init()["lr"].double().requires_grad_()}
+        calls.clear()
+        run = fmeta.unroll(rule, fn, theta, P, xs, checkpoint=checkpoint, mixed_mode=mixed_mode)
+        forward = len(calls)
+        run.losses.sum().backward()
+        return forward, len(calls) - forward
+
+    # One in the forward pass (and the guard's look at the first step), one in each second
+    # derivative, whatever the schedule; the first step's gradient does not depend on the rate.
+    assert evaluations("keep_gradients") == (8 + 1, 7)
+    assert evaluations(True)[1] >= 2 * 7
+
+
+def test_kept_gradients_of_members_that_share_their_start():
+    """The first step's gradient is the same for all learning rates, later ones are not."""
+    xs = torch.randn(5, 4, 3, generator=fold_in(6), **DOUBLE)
+
+    def final(lr, **options):
+        rule = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=0.1)
+        fn = lambda p, x: loss(p, x, S)[0]
+        return fmeta.unroll(rule, fn, {"lr": lr}, P, xs, **options).losses[-1]
+
+    rates = torch.tensor([-3.0, -4.0], **DOUBLE)
+    want = vmap(grad(final))(rates)
+    keep = {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"}
+    torch.testing.assert_close(vmap(grad(lambda lr: final(lr, **keep)))(rates), want)

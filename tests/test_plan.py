@@ -16,7 +16,9 @@ CHOICES = [
     {"mixed_mode": True},
     {"checkpoint": "sqrt"},
     {"checkpoint": "sqrt", "recompute": "both"},
+    {"checkpoint": "sqrt", "mixed_mode": "keep_gradients"},
     {"checkpoint": 5},
+    {"checkpoint": 5, "mixed_mode": "keep_gradients"},
     {"first_order": True, "checkpoint": "sqrt"},
 ]
 RULES = {

@@ -38,7 +38,7 @@ def full(
     eval_split: str | None = None,
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
-    mixed_mode: bool = False,
+    mixed_mode: bool | str = False,
     chunk_size: int | None = None,
     ranks: Ranks | None = None,
 ) -> Estimator:

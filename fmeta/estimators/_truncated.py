@@ -84,7 +84,7 @@ def truncated(
     stagger: bool = True,
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
-    mixed_mode: bool = False,
+    mixed_mode: bool | str = False,
     chunk_size: int | None = None,
     compile: bool = False,
     ranks: Ranks | None = None,

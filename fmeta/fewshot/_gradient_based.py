@@ -163,7 +163,7 @@ def gradient_based(
     adapts: Callable[[str], bool] | None = None,
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
-    mixed_mode: bool = False,
+    mixed_mode: bool | str = False,
     batch_norm: str = "transductive",
     batch_size: int | None = None,
     step_weights: Weights | None = None,
