@@ -21,6 +21,10 @@ _MODEL = {"vocabulary": 256, "width": 64, "blocks": 2}
 # Sizes of the model, sequences of a batch, inner steps.
 SHAPES: dict[str, dict[str, int]] = {
     "many tokens": {**_MODEL, "length": 64, "batch": 16, "steps": 64},
+    "a wider model": {
+        **{"vocabulary": 256, "width": 256, "blocks": 2},
+        **{"length": 64, "batch": 32, "steps": 36},
+    },
     "long sequences": {**_MODEL, "length": 256, "batch": 2, "steps": 36},
     "few tokens": {**_MODEL, "width": 128, "length": 32, "batch": 2, "steps": 64},
 }
@@ -28,6 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mixed_mode": {"mixed_mode": True},
+    'mixed_mode="keep_gradients"': {"mixed_mode": "keep_gradients"},
     "mixed_mode, recomputed blocks": {"mixed_mode": True, "blocks": True},
     'recompute="gradient"': {"recompute": "gradient"},
     "recomputed blocks": {"blocks": True},
