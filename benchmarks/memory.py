@@ -8,8 +8,8 @@ interpreter and libraries. What makes it fit: binomial checkpointing (``checkpoi
 gradient recomputed (``recompute="gradient"``) and the rule in chunks (`fmeta.chunked`).
 
 ``--mixed``: smaller language models under ``checkpoint="sqrt"``, plain, in mixed mode and with
-other recomputation; resident memory beyond what a short unroll left, and CPU time, each in a
-process of its own. ``--plan``: what `fmeta.plan_memory` says beside such a measurement.
+other recomputation; resident memory beyond what a short unroll left, and CPU time, each in
+processes of their own. ``--plan``: what `fmeta.plan_memory` says beside such a measurement.
 
     python benchmarks/memory.py [--mixed | --plan] [--quick] [--json PATH]
 """
@@ -98,9 +98,9 @@ def peak() -> int:
 def in_process(what: str, *arguments: Any) -> dict[str, Any]:
     """The result of one of `MEASURES` in a fresh process."""
     command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments])]
-    # The rules of 20 million parameters run as anything does, the others where memory that was
-    # freed goes back to the system at once.
-    env = dict(os.environ) if what == "rule" else _timing.one_thread()
+    # What is timed runs as anything does; what is measured in bytes, where memory that was freed
+    # goes back to the system at once (which takes time).
+    env = dict(os.environ) if what in ("rule", "mixed, timed") else _timing.one_thread()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -109,6 +109,7 @@ def in_process(what: str, *arguments: Any) -> dict[str, Any]:
 MEASURES = {
     "rule": measure,
     "mixed": _mixed_mode.measure,
+    "mixed, timed": _mixed_mode.measure,
     "plan": _planned_memory.measure,
 }
 
