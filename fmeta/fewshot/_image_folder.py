@@ -40,11 +40,13 @@ def image_folder(
         color: three channels, not one.
 
     Returns:
-        A `Source` of inputs ``(channels, side, side)`` from 0 to 1.
+        A `Source` of inputs ``(channels, side, side)`` from 0 to 1, of what eight bits of an image
+        can hold; sixteen are rounded to them.
 
     Raises:
         FileNotFoundError: nothing there, with what to put where.
-        ValueError: of `from_classes`.
+        ValueError: of `from_classes`; a file that is no image, or whose numbers have no known
+            range.
     """
     root = Path(root)
     images = {
@@ -163,8 +165,10 @@ def _stacked(classes: Sequence[Sequence[Path]], side: int, color: bool) -> Tenso
     def one(path: Path) -> Any:
         try:
             with Image.open(path) as image:
-                fitted = image.convert("RGB" if color else "L").resize(
-                    (side, side), Image.Resampling.BOX
+                fitted = (
+                    _in_bytes(image, path)
+                    .convert("RGB" if color else "L")
+                    .resize((side, side), Image.Resampling.BOX)
                 )
         except OSError as error:
             raise ValueError(f"{path} is no image that can be read: {error}") from None
@@ -172,6 +176,22 @@ def _stacked(classes: Sequence[Sequence[Path]], side: int, color: bool) -> Tenso
         return x.transpose(2, 0, 1) if color else x[None]
 
     return torch.from_numpy(np.stack([[one(p) for p in images[:least]] for images in classes]))
+
+
+def _in_bytes(image: Any, path: Path) -> Any:
+    """The image with eight bits a number, where it has more: to convert it alone cuts them off."""
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    # Before Pillow 10.3 a PNG of sixteen bits is of mode I.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(
+            f"{path} has numbers of 32 bits, whose black and white are not known: save it with 8 "
+            "or 16 bits"
+        )
+    x = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((x + 128) // 257).astype(np.uint8))
 
 
 def _inputs(images: Tensor) -> Tensor:

@@ -168,6 +168,33 @@ def test_a_folder_of_images_gives_its_classes(tmp_path):
     assert color.shape == (3, 6, 6)
 
 
+@pytest.mark.parametrize("color", [False, True])
+@pytest.mark.parametrize(("dtype", "ending"), [("<u2", "png"), ("<u2", "tif"), (">u2", "tif")])
+def test_images_of_sixteen_bits_are_as_dark_as_those_of_eight(tmp_path, dtype, ending, color):
+    ramp = np.linspace(0, 255, 16).astype(np.uint8)[None].repeat(16, 0)
+    for name, x, end in (("eight", ramp, "png"), ("sixteen", (ramp * 257.0).astype(dtype), ending)):
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(x).save(tmp_path / name / "train" / "a" / f"{i}.{end}")
+    eight, sixteen = (
+        fewshot.draw(
+            fewshot.image_folder(tmp_path / name, ways=1, shots=1, queries=1, side=16, color=color),
+            [(0,)],
+        ).support.x
+        for name in ("eight", "sixteen")
+    )
+    assert len(eight.unique()) == 16
+    assert torch.equal(eight, sixteen)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_images_whose_white_is_not_known_are_refused(tmp_path, dtype):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "train" / "a" / "b.tif")
+    with pytest.raises(ValueError, match=r"b\.tif has numbers of 32 bits.*8 or 16 bits"):
+        fewshot.image_folder(tmp_path)
+
+
 def test_a_missing_folder_says_what_to_put_where(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train/CLASS/IMAGE\.png"):
         fewshot.image_folder(tmp_path)
