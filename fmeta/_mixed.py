@@ -175,7 +175,7 @@ def _jvp_of_gradient(
 
         tangents = tuple(v[i] if i < n else torch.zeros_like(args[i]) for i in moved)
         try:
-            out = torch.func.jvp(at, tuple(args[i] for i in moved), tangents)
+            out = torch.func.jvp(at, tuple(_own(args[i]) for i in moved), tangents)
             return out[0], out[1]
         except NotImplementedError as error:
             raise _unsupported(error) from error
@@ -185,6 +185,15 @@ def _jvp_of_gradient(
             if "ZeroTensor" not in str(error) or moved is floats:
                 raise
     raise AssertionError("unreachable")
+
+
+def _own(x: Tensor) -> Tensor:
+    """``x`` in memory of its own, or no tangent can be laid beside it.
+
+    Under `vmap` the members' parameters may be one and the same, expanded, which does not show.
+    """
+    shared = torch._C._functorch.peek_interpreter_stack() is not None
+    return x.clone() if shared else x.contiguous()
 
 
 def _unsupported(error: Exception) -> ValueError:

@@ -7,7 +7,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 import fmeta
-from fmeta import optimizers
+from fmeta import fewshot, optimizers
 from fmeta._autodiff import grad_and_value
 from fmeta._mixed import mixed_grad_and_value
 from fmeta.random import fold_in
@@ -204,3 +204,20 @@ def test_kept_gradients_of_members_that_share_their_start():
     want = vmap(grad(final))(rates)
     keep = {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"}
     torch.testing.assert_close(vmap(grad(lambda lr: final(lr, **keep)))(rates), want)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "sqrt"])
+@pytest.mark.parametrize("mixed_mode", [True, "keep_gradients"])
+def test_a_meta_batch_of_tasks_that_share_their_start(mixed_mode, checkpoint):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(2, 6, 3, generator=fold_in(7), **DOUBLE)
+    y = (torch.arange(6) % 2).expand(2, 6)
+    episodes = fewshot.Episode(fewshot.Examples(x, y), fewshot.Examples(x.flip(1), y))
+    learner, mixed = (
+        fewshot.maml(net, num_steps=3, **options)
+        for options in ({}, {"mixed_mode": mixed_mode, "checkpoint": checkpoint})
+    )
+    start = learner.init()
+    got, want = (fn.estimate(start, episodes).grads for fn in (mixed, learner))
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
