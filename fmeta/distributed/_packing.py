@@ -41,7 +41,8 @@ def unpack_rows(block: Tensor, like: Tree) -> Tree:
         width = math.prod(x.shape[1:]) * x.element_size()
         # A copy, whose beginning is aligned for any dtype.
         part = block[:, at : at + width].clone(memory_format=torch.contiguous_format)
-        found.append(part.view(x.dtype).reshape(len(block), *x.shape[1:]).to(x.device))
+        part = part.view(x.dtype) if width else part.to(x.dtype)  # no bytes have no view
+        found.append(part.reshape(len(block), *x.shape[1:]).to(x.device))
         at += width
     return trees.unflatten(spec, found)
 

@@ -164,6 +164,7 @@ def everything(ranks, folder):
         "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
         "mean": mean(ranks),
         "few-shot": few_shot(ranks),
+        "without steps": without_steps(ranks),
         "same": same(ranks),
         "handed out": handed_out(ranks),
         "run": meta_trained(ranks, folder / "run"),
@@ -184,6 +185,31 @@ def few_shot(ranks):
         found |= {f"{k}/{name}": x for name, x in estimate.grads["model_params"].items()}
         found |= {f"{k}/{name}": estimate.metrics[name] for name in ("drawn", "losses")}
         found[f"{k}/loss"] = estimate.loss
+    return found
+
+
+def without_steps(ranks):
+    """An estimate of learners that take no inner steps, and so have no losses of them."""
+    images = torch.randn(6, 4, 3, generator=fmeta.random.fold_in(2))
+    source = fewshot.from_classes({"train": images}, ways=3, shots=2, queries=2)
+    net = torch.nn.Linear(3, 4)
+    for i, p in enumerate(net.parameters()):
+        p.data = 0.5 * torch.randn(p.shape, generator=fmeta.random.fold_in(1, i))
+    sizes = {"filters": 2, "attends": ((3, 3), (3, 3))}
+    learners = {
+        "protonet": fewshot.protonet(net, 3),
+        "fine_tune": fewshot.fine_tune(net, 3, 6, num_features=4),
+        "snail": fewshot.snail(None, 3, 6, num_features=3, **sizes),
+    }
+    found = {}
+    for name, learner in learners.items():
+        estimator = fewshot.estimator(learner, source, num_tasks=3, ranks=ranks)
+        params = learner.init()
+        estimate, _ = estimator.estimate(params, estimator.init(params, 0))
+        found[f"{name}/loss"] = estimate.loss
+        found |= {f"{name}/{key}": x for key, x in estimate.metrics.items()}
+        grads = fmeta.trees.leaves(estimate.grads)
+        found |= {f"{name}/grads/{i}": x for i, x in enumerate(grads)}
     return found
 
 

@@ -81,3 +81,9 @@ def test_maml_on_two_ranks_gives_what_one_does(jobs, on_two):
     want = jobs.few_shot(Ranks.alone())
     for found in on_two:
         close(found["few-shot"], want, 1e-6)
+
+
+def test_learners_without_steps_give_on_two_ranks_what_they_do_on_one(jobs, on_two):
+    want = jobs.without_steps(Ranks.alone())
+    for found in on_two:
+        close(found["without steps"], want, 1e-5)

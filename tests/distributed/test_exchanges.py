@@ -15,6 +15,7 @@ from fmeta.distributed import (
     joined,
     sum_tree,
 )
+from fmeta.distributed._packing import pack_rows, unpack_rows
 
 
 @given(size=st.integers(1, 9), totals=st.lists(st.integers(1, 20), min_size=1, max_size=4))
@@ -39,6 +40,19 @@ def test_a_rank_without_a_task_works_on_the_first():
     share = Share(Ranks(2, 3), 2)
     assert (list(share.own), list(share.worked_on)) == ([], [0])
     torch.testing.assert_close(share.part(torch.arange(2)), torch.arange(1))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_what_was_packed_comes_back_also_leaves_without_numbers(rows):
+    """As the losses of learners that take no inner steps, ``(tasks, 0)``."""
+    tree = {
+        "none": torch.ones(rows, 0),
+        "one each": torch.arange(rows) > 0,
+        "several": torch.arange(2.0 * rows, dtype=torch.float64).view(rows, 2, 1),
+        "none again": torch.ones(rows, 2, 0, dtype=torch.int64),
+    }
+    found = unpack_rows(pack_rows(tree), tree)
+    torch.testing.assert_close(found, tree, rtol=0, atol=0)
 
 
 def test_weighted_mean_of_two_ranks(on_two):
