@@ -8,7 +8,7 @@ from fmeta.fewshot._conv4 import conv4
 from fmeta.fewshot._estimator import estimator
 from fmeta.fewshot._evaluate import Scores, evaluate
 from fmeta.fewshot._glyphs import Glyphs, contact_sheet, glyphs, load_glyphs
-from fmeta.fewshot._gradient_based import Adapted, gradient_based
+from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
 from fmeta.fewshot._image_folder import image_folder, omniglot
 from fmeta.fewshot._imaml import imaml
 from fmeta.fewshot._job import few_shot
@@ -17,6 +17,7 @@ from fmeta.fewshot._load import Trained, load_run
 from fmeta.fewshot._losses import LOSSES
 from fmeta.fewshot._maml import first_order_maml, maml
 from fmeta.fewshot._maml_plus_plus import maml_plus_plus
+from fmeta.fewshot._meta_batch import Piece, Seen, shown
 from fmeta.fewshot._meta_lstm import meta_lstm
 from fmeta.fewshot._meta_sgd import meta_sgd
 from fmeta.fewshot._model import Model
@@ -33,11 +34,14 @@ __all__ = [
     "Examples",
     "FewShotConfig",
     "Glyphs",
+    "Inner",
     "MetaLearner",
     "Model",
+    "Piece",
     "Prototypes",
     "Read",
     "Scores",
+    "Seen",
     "Source",
     "Trained",
     "anil",
@@ -66,6 +70,7 @@ __all__ = [
     "omniglot",
     "protonet",
     "reptile",
+    "shown",
     "sinusoid",
     "snail",
 ]

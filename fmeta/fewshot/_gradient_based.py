@@ -199,8 +199,11 @@ def gradient_based(
         record: after thirty estimates of a shape replay the operations they consist of, the same to
             the bit. Whatever the network, the rule or the loss read beside their arguments is then
             what it was at the recording: False for a loss that changes during meta-training.
-        estimate: makes another way to the meta-gradient from the `Inner` training; default
-            backpropagation.
+        estimate: ``estimate(inner) -> piece``: another way to the meta-gradient than
+            backpropagation. Of the `Inner` training it makes ``piece(meta_params, episode,
+            progress) -> (gradient, (value, seen))``, the part of one episode, for ``vmap``:
+            ``gradient`` is like ``meta_params``, ``value`` the meta-loss, and `shown` makes
+            ``seen``.
 
     Returns:
         A `MetaLearner` with ``meta_params = {"model_params": ..., "opt_params": ...}``.
