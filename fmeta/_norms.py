@@ -3,7 +3,8 @@
 torch 2.13 differentiates layer, batch and instance normalisation wrongly where a gradient is taken
 below a `vmap` and differentiated again outside of it: under `vmap` the backward pass of a layer is
 made of its saved mean and deviation, which the outer derivative takes as constants. Errors are of
-1e-3 to 1e-1 of the gradient, without a warning. Sums and products have no such trouble.
+1e-3 to 1e-1 of the gradient, without a warning. `jacrev` takes its gradients below a `vmap` of its
+own, and so its derivative is wrong anywhere. Sums and products have no such trouble.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ __all__ = ["norms_written_out"]
 _functorch = torch._C._functorch
 
 
-def norms_written_out() -> AbstractContextManager[Any]:
+def norms_written_out(*, always: bool = False) -> AbstractContextManager[Any]:
     """A context in which gradients of normalisation layers can be differentiated again.
 
-    It changes results by rounding, and does nothing where no `vmap` is active.
+    It changes results by rounding, and does nothing where no `vmap` is active, unless ``always``:
+    for forward passes whose backward pass is taken below a `vmap` later.
     """
-    if torch.compiler.is_compiling() or not _under_vmap():
+    if torch.compiler.is_compiling() or not (always or _under_vmap()):
         return nullcontext()
     return _WrittenOut()
 

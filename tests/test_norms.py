@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, jacrev, vmap
 
 import fmeta
 from fmeta._norms import norms_written_out
@@ -116,3 +116,28 @@ def test_wrong_use_is_told_by_torch_itself():
 
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         vmap(one_value)(draw(2, 1, 5))
+
+
+@pytest.mark.parametrize("layer", ["layer", "batch"])
+def test_derivatives_of_jacobians_need_no_vmap_to_be_wrong(layer):
+    """`jacrev` has one of its own; written out they are those of torch's sums and products."""
+    x, w, b = draw(6, 5), draw(5, seed=1), draw(5, seed=2)
+
+    def fused(x):
+        if layer == "layer":
+            return torch.tanh(F.layer_norm(x, (5,), w, b))
+        return torch.tanh(F.batch_norm(x, None, None, w, b, training=True))
+
+    def by_hand(x):
+        var, mean = torch.var_mean(x, -1 if layer == "layer" else 0, correction=0, keepdim=True)
+        return torch.tanh((x - mean) / (var + 1e-5).sqrt() * w + b)
+
+    def slope(fn):
+        return grad(lambda x: jacrev(fn)(x).pow(4).sum())(x)
+
+    want = slope(by_hand)
+    assert not torch.allclose(slope(fused), want, rtol=1e-2)
+    with norms_written_out():
+        assert not torch.allclose(slope(fused), want, rtol=1e-2)
+    with norms_written_out(always=True):
+        torch.testing.assert_close(slope(fused), want, rtol=1e-11, atol=1e-13)

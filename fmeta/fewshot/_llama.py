@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._norms import norms_written_out
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, shown
@@ -101,7 +102,8 @@ def curvature_log_det(
         out = model.apply({**adapted.params, **moving}, support.x, adapted.stats)[0]
         return out, out
 
-    jacobian, out = torch.func.jacrev(outputs_of, has_aux=True)(moving)
+    with norms_written_out(always=True):  # jacrev goes back below a vmap of its own
+        jacobian, out = torch.func.jacrev(outputs_of, has_aux=True)(moving)
     rows = torch.cat([j.flatten(2) for j in trees.leaves(jacobian)], -1)  # (n, outputs, params)
     if categorical:
         p = out.softmax(-1)
