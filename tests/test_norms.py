@@ -120,24 +120,24 @@ def test_wrong_use_is_told_by_torch_itself():
 
 @pytest.mark.parametrize("layer", ["layer", "batch"])
 def test_derivatives_of_jacobians_need_no_vmap_to_be_wrong(layer):
-    """`jacrev` has one of its own; written out they are those of torch's sums and products."""
-    x, w, b = draw(6, 5), draw(5, seed=1), draw(5, seed=2)
+    """`jacrev` has one of its own."""
+    x, w = draw(6, 5), draw(5, seed=1)
 
-    def fused(x):
+    def fused(x, w):
         if layer == "layer":
-            return torch.tanh(F.layer_norm(x, (5,), w, b))
-        return torch.tanh(F.batch_norm(x, None, None, w, b, training=True))
+            return torch.tanh(F.layer_norm(x, (5,), w))
+        return torch.tanh(F.batch_norm(x, None, None, w, training=True))
 
-    def by_hand(x):
+    def by_hand(x, w):
         var, mean = torch.var_mean(x, -1 if layer == "layer" else 0, correction=0, keepdim=True)
-        return torch.tanh((x - mean) / (var + 1e-5).sqrt() * w + b)
+        return torch.tanh((x - mean) / (var + 1e-5).sqrt() * w)
 
     def slope(fn):
-        return grad(lambda x: jacrev(fn)(x).pow(4).sum())(x)
+        both = jacrev(fn, argnums=(0, 1))
+        return grad(lambda x: sum(j.square().sum() for j in both(x, w)))(x)
 
     want = slope(by_hand)
-    assert not torch.allclose(slope(fused), want, rtol=1e-2)
     with norms_written_out():
-        assert not torch.allclose(slope(fused), want, rtol=1e-2)
+        assert not torch.allclose(slope(fused), want, rtol=1e-2)  # else this file can go
     with norms_written_out(always=True):
         torch.testing.assert_close(slope(fused), want, rtol=1e-11, atol=1e-13)
