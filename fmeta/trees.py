@@ -134,8 +134,17 @@ def match(like: Tree, tree: Tree, what: str, *, allow_none: bool = True) -> list
     return found
 
 
-def common_device(tree: Tree, what: str = "the parameters") -> torch.device | None:
+def common_device(
+    tree: Tree,
+    what: str = "the parameters",
+    cure: str = "move them to one device, or use `partition` with one optimizer a device",
+) -> torch.device | None:
     """The one device of all tensors of a tree (``None`` for a tree without tensors).
+
+    Args:
+        tree: any tree.
+        what: its name in messages.
+        cure: what the message advises.
 
     Raises:
         ValueError: naming the two paths whose devices differ.
@@ -150,7 +159,7 @@ def common_device(tree: Tree, what: str = "the parameters") -> torch.device | No
             names = paths(tree)
             raise ValueError(
                 f"{what} mix devices: {names[first]} is on {device}, {names[i]} on {leaf.device}: "
-                "move them to one device, or use `partition` with one optimizer a device"
+                f"{cure}"
             )
     return device
 

@@ -105,14 +105,16 @@ def estimate_by(
     ) -> Estimate:
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
+        given = {"meta_params": meta_params, "episodes": episodes}
+        trees.common_device(given, "meta-parameters and episodes", "move them to one")
         run: Callable[..., Any] = together
         if record and _is_plain(meta_params, episodes):
             run = recorded  # which holds for one layout in memory
             meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
         size = chunk_size or _size_in_cache(meta_params, episodes)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
-            given = at(progress)
-            found = [run(meta_params, chunk, given) for chunk in _chunks(episodes, size)]
+            now = at(progress)
+            found = [run(meta_params, chunk, now) for chunk in _chunks(episodes, size)]
             parts, (values, seen) = (
                 trees.map(lambda *xs: torch.cat(xs), *found) if len(found) > 1 else found[0]
             )
@@ -148,6 +150,8 @@ def _is_plain(*given: Tree) -> bool:
     if inside_transform() or torch.is_inference_mode_enabled():
         return False
     leaves = trees.leaves(given)
+    if any(x.is_meta for x in leaves):  # without values nothing tells a right recording
+        return False
     # Autocast acts on operations, the recorded ones too, among which are those of the backward
     # pass: others than it chooses where they are made.
     if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in leaves}):

@@ -35,6 +35,32 @@ def test_meta_parameters_are_where_the_network_is(name, monkeypatch):
     assert {x.device.type for x in trees.leaves(meta_params)} == {"meta"}
 
 
+def on_meta(tree):
+    return trees.map(lambda x: x.to("meta"), tree)
+
+
+@pytest.mark.parametrize("name", kit.LEARNERS)
+def test_shapes_are_known_on_the_meta_device(name):
+    learner = kit.LEARNERS[name]()
+    source, episodes = kit.points(2)
+    meta_params = on_meta(learner.init())
+    found = learner.estimate(meta_params, on_meta(episodes))
+    assert {x.device.type for x in trees.leaves(found)} == {"meta"}
+    shapes = [trees.map(lambda x: x.shape, tree) for tree in (found.grads, meta_params)]
+    assert shapes[0] == shapes[1]
+    scores = fewshot.evaluate(learner, meta_params, source, num_episodes=2)
+    assert (scores.losses.shape, scores.losses.device.type) == ((2,), "meta")
+
+
+def test_a_mix_of_devices_is_named_by_the_paths():
+    learner = kit.LEARNERS["maml"]()
+    _, episodes = kit.points(2)
+    with pytest.raises(
+        ValueError, match=r"episodes/support/x is on meta, meta_params/.*bias on cpu: move them"
+    ):
+        learner.estimate(learner.init(), on_meta(episodes))
+
+
 def test_targets_of_another_shape_than_the_outputs_are_refused():
     """Repeated along each other, (5, 1) and (5,) would give another loss without a word."""
     learner = fewshot.maml(kit.regression_net(), loss="mse")
