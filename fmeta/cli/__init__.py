@@ -27,7 +27,8 @@ _EXAMPLES = {
     ),
     "fewshot": (
         "fmeta fewshot --learner maml --task glyphs --ways 5 --shots 1",
-        "fmeta fewshot --learner reptile --task sinusoid --shots 10 --name waves",
+        "fmeta fewshot --learner reptile --task sinusoid --name waves",
+        "fmeta fewshot --task omniglot --download --name omniglot",
         "fmeta fewshot --resume                     go on with a run that was stopped",
     ),
     "evaluate": (

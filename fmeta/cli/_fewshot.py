@@ -76,6 +76,9 @@ def run_fewshot(config: FewShotConfig) -> int:
         if lost.is_told_here:
             _complain(f"{lost}; {_how_to_resume(config)}")
         return 1
+    except ImportError as error:  # an extra that is not installed
+        _complain(str(error))
+        return 1
     if not shows:
         return 0
     _show(console, results)
@@ -98,8 +101,11 @@ def _show(console: Any, results: dict[str, Any]) -> None:
     from rich.table import Table
 
     task = results["task"]
-    what = f"{task['ways']}-way {task['shots']}-shot" if task["ways"] else f"{task['shots']} points"
-    title = f"{task['name']}, {what}: {results['episodes']} test episodes"
+    what = f"{task['ways']}-way {task['shots']}-shot"
+    if not task["ways"]:
+        what = f"{task['shots']} point{'s' * (task['shots'] != 1)}"
+    count = results["episodes"]
+    title = f"{task['name']}, {what}: {count} test episode{'s' * (count != 1)}"
     if task["ways"]:
         title += f", normalisation {results['batch_norm']}"
     if not results.get("validated", True):

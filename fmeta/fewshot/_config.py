@@ -47,6 +47,17 @@ OF_FEATURES = ("snail", "protonet", "fine_tune")
 OF_CLASSES = ("protonet", "fine_tune")
 WITHOUT_STEPS = ("snail", "protonet")
 TASKS = ("glyphs", "sinusoid", "omniglot", "image_folder")
+# Options that not every task has a use for, and the tasks that do.
+_USED_BY = {
+    "ways": ("glyphs", "omniglot", "image_folder"),
+    "root": ("glyphs", "omniglot", "image_folder"),
+    "channels": ("glyphs", "omniglot", "image_folder"),
+    "batch_norm": ("glyphs", "omniglot", "image_folder"),
+    "download": ("omniglot",),
+    "color": ("image_folder",),
+}
+# Shots and queries where none are given: of a class, and of an episode of sinusoid.
+_OF_A_CLASS, _OF_A_WAVE = {"shots": 1, "queries": 5}, {"shots": 10, "queries": 10}
 # Of snail, half the paper's sizes: here they take half the time.
 _HALF: dict[str, Any] = {"filters": 64, "attends": ((64, 32), (128, 64), (256, 128))}
 
@@ -62,12 +73,18 @@ class FewShotConfig:
     """glyphs (letters of matplotlib's fonts), sinusoid, omniglot or image_folder."""
     ways: int = 5
     """Classes of an episode."""
-    shots: int = 1
-    """Support examples of a class (sinusoid: of an episode)."""
-    queries: int = 5
-    """Query examples of a class in meta-training (sinusoid: of an episode)."""
+    shots: int | None = None
+    """Support examples of a class (sinusoid: of an episode); None: 1, of sinusoid 10."""
+    queries: int | None = None
+    """Query examples of a class in meta-training (sinusoid: of an episode); None: 5, of sinusoid
+    10."""
     root: str | None = None
-    """Folder of the data of omniglot and image_folder, or of the cache of glyphs."""
+    """Folder of the data. image_folder: holds SPLIT/CLASS/IMAGE with splits train, validation,
+    test; images are made 28 x 28. omniglot: holds omniglot-py; None: data. glyphs: of the cache."""
+    download: bool = False
+    """Omniglot: get what is missing in ROOT, by torchvision."""
+    color: bool = False
+    """Colours of image_folder are kept; else its images are made grey."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
     name: str = "fewshot"
@@ -75,7 +92,7 @@ class FewShotConfig:
     seed: int = 0
     """Seed of all randomness."""
     channels: int = 32
-    """Filters of each of the four convolutions (sinusoid: a net of 40 and 40 units)."""
+    """Filters of each of the four convolutions; the net of sinusoid has layers of 40 units."""
     batch_norm: str = "transductive"
     """What a network normalises by on query examples: transductive (all of them) or support."""
     num_steps: int | None = None
@@ -105,10 +122,15 @@ class FewShotConfig:
     resume: bool = False
     """Go on with the run in OUT/NAME where it was stopped, or killed."""
     smoke: bool = False
-    """A few seconds instead of minutes: proves that everything runs, the result is no good."""
+    """A few seconds instead of minutes, by numbers that are made small: proves that everything
+    runs, the result is no good."""
 
     def checked(self) -> FewShotConfig:
-        """This configuration, shrunk for ``smoke``, or a ValueError that names what is wrong."""
+        """This configuration with the task's own numbers, shrunk for ``smoke``.
+
+        Raises:
+            ValueError: with the name of what is wrong.
+        """
         if self.learner not in LEARNERS:
             raise ValueError(f"unknown learner {self.learner!r}: there are {', '.join(LEARNERS)}")
         if self.task not in TASKS:
@@ -117,15 +139,17 @@ class FewShotConfig:
             raise ValueError("image_folder needs --root, the folder that holds train/, test/, ...")
         if self.task == "sinusoid" and self.learner in OF_CLASSES:
             raise ValueError(f"{self.learner} classifies: sinusoid is a regression, take maml")
+        for field, tasks in _USED_BY.items():
+            if self.task not in tasks and getattr(self, field) != getattr(FewShotConfig, field):
+                raise ValueError(f"{self.task} has no use for {field}: leave it out")
         for field in ("num_steps", "inner_lr"):
             if self.learner in WITHOUT_STEPS and getattr(self, field) is not None:
                 raise ValueError(f"{self.learner} takes no inner steps: leave out {field}")
         if self.learner == "meta_lstm" and self.inner_lr is not None:
             raise ValueError("meta_lstm learns how far it goes: leave out inner_lr")
+        if self.ways < 2:
+            raise ValueError(f"ways must be at least 2, got {self.ways}: classes are told apart")
         for field in (
-            "ways",
-            "shots",
-            "queries",
             "channels",
             "num_tasks",
             "outer_steps",
@@ -136,7 +160,7 @@ class FewShotConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("num_steps", "patience"):
+        for field in ("shots", "queries", "num_steps", "patience"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         for field in ("outer_lr", "max_grad_norm", "inner_lr"):
@@ -144,37 +168,44 @@ class FewShotConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} must be positive and finite, got {value}")
         check_batch_norm(self.batch_norm)
-        if self.task == "sinusoid":
-            for field in ("root", "ways", "batch_norm"):
-                if getattr(self, field) != getattr(FewShotConfig, field):
-                    raise ValueError(f"sinusoid has no use for {field}: leave it out")
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
-        if not self.smoke:
-            return self
-        return dataclasses.replace(
-            self,
-            channels=4,
-            num_tasks=2,
-            outer_steps=4,
-            validate_every=2,
-            validation_episodes=4,
-            test_episodes=10,
-        )
+        numbers = self._examples()
+        if self.smoke:
+            most = {
+                "num_tasks": 2,
+                "outer_steps": 4,
+                "validate_every": 2,
+                "validation_episodes": 4,
+                "test_episodes": 10,
+            }
+            if self.task != "sinusoid":
+                most["channels"] = 4
+            numbers |= {field: min(getattr(self, field), n) for field, n in most.items()}
+        return dataclasses.replace(self, **numbers)
+
+    def _examples(self) -> dict[str, Any]:
+        """``shots`` and ``queries``."""
+        own = _OF_A_WAVE if self.task == "sinusoid" else _OF_A_CLASS
+        given = {field: getattr(self, field) for field in own}
+        return {field: own[field] if n is None else n for field, n in given.items()}
 
     def source(self, *, test: bool = False, progress: bool = True) -> Source:
         """Episodes; those of the test have 15 queries of a class, or as many as there are."""
+        shots, queries = self._examples().values()
         if self.task == "sinusoid":
-            return sinusoid(self.shots, max(self.queries, 10))
-        options: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
-        if test:
-            options["queries"] = min(15, 20 - self.shots) if self.shots < 20 else self.queries
+            return sinusoid(shots, queries)
+        options: dict[str, Any] = {"ways": self.ways, "shots": shots, "queries": queries}
+        if self.task == "image_folder":
+            assert self.root is not None
+            return image_folder(self.root, **options, color=self.color)
+        if test and shots < 20:
+            options["queries"] = min(15, 20 - shots)
         if self.task == "glyphs":
             return glyphs(**options, root=self.root, progress=progress)
-        if self.task == "omniglot":
-            return omniglot("data" if self.root is None else self.root, **options)
-        assert self.root is not None
-        return image_folder(self.root, **{**options, "queries": self.queries})
+        return omniglot(
+            "data" if self.root is None else self.root, **options, download=self.download
+        )
 
     def build(self, source: Source) -> MetaLearner:
         """The learner."""

@@ -90,6 +90,7 @@ def omniglot(
     Raises:
         FileNotFoundError: not there, with what to put where.
         ImportError: ``download`` without torchvision.
+        OSError: the download failed.
 
     Reference:
         Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic
@@ -103,7 +104,8 @@ def omniglot(
         if not path.is_dir():
             raise FileNotFoundError(
                 f"no Omniglot in {path}: unzip {path.name}.zip (github.com/brendenlake/omniglot, "
-                f"folder python) to {path}/ALPHABET/CHARACTER/*.png, or give download=True"
+                f"folder python) to {path}/ALPHABET/CHARACTER/*.png, or give download=True (fmeta "
+                "fewshot: --download)"
             )
     alphabets = sorted(p for p in parts["background"].iterdir() if p.is_dir())
     if len(alphabets) <= validation_alphabets:
@@ -133,10 +135,13 @@ def _download(root: str | os.PathLike[str]) -> None:
         from torchvision.datasets import Omniglot  # type: ignore[import-not-found]
     except ImportError:
         raise ImportError(
-            "omniglot(download=True) needs torchvision: pip install 'fmeta[vision]'"
+            "to download Omniglot needs torchvision: pip install 'fmeta[vision]'"
         ) from None
-    for background in (True, False):
-        Omniglot(str(root), background=background, download=True)
+    try:
+        for background in (True, False):
+            Omniglot(str(root), background=background, download=True)
+    except RuntimeError as error:  # of a damaged file
+        raise OSError(f"Omniglot was not downloaded to {root}: {error}") from None
 
 
 def _classes(folder: Path) -> list[list[Path]]:

@@ -65,7 +65,7 @@ def few_shot(
 
 
 def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
-    source = config.source(progress=ranks.is_first)
+    source = _source(config, ranks)
     judged = _has_validation(source)
     test = config.source(test=True)
     learner = config.build(source)
@@ -110,6 +110,17 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
         finish,
         save=save,
     )
+
+
+def _source(config: FewShotConfig, ranks: Ranks) -> Source:
+    """The episodes of meta-training; what has to be downloaded is, by one of the processes."""
+    if not config.download or ranks.is_first:
+        source = config.source(progress=ranks.is_first)
+    if config.download:
+        ranks.wait_for_all()
+        if not ranks.is_first:
+            source = config.source(progress=False)
+    return source
 
 
 def _outer(config: FewShotConfig) -> Optimizer:
@@ -258,7 +269,9 @@ def _pretrained(config: FewShotConfig, source: Source, steps: set[int]) -> dict[
 
 def episodes_of(source: Source) -> str:
     """What its episodes are called: ``"5-way 1-shot"``, or ``"10 points"``."""
-    return f"{source.ways}-way {source.shots}-shot" if source.ways else f"{source.shots} points"
+    if source.ways:
+        return f"{source.ways}-way {source.shots}-shot"
+    return f"{source.shots} point{'s' * (source.shots != 1)}"
 
 
 def _row(scores: Scores, is_loss: bool) -> dict[str, Any]:

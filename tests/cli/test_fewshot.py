@@ -1,7 +1,10 @@
 """`fmeta fewshot` from the command line to the files."""
 
 import json
+import re
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import fmeta.fewshot._job as job
 from fmeta import fewshot
 from fmeta.cli import main
 from fmeta.fewshot import _glyphs
+from fmeta.meta_train import options_table
 from fmeta.random import fold_in
 
 
@@ -70,9 +74,10 @@ def test_a_learner_is_trained_tested_and_drawn(images, tmp_path, learner, capsys
 
 
 @pytest.mark.parametrize("learner", ["maml", "snail"])
-def test_waves_have_curves_and_no_neighbours(tmp_path, learner):
-    options = ["--task", "sinusoid", "--shots", "10", "--out", str(tmp_path), "--learner", learner]
+def test_waves_have_curves_and_no_neighbours(tmp_path, learner, capsys):
+    options = ["--task", "sinusoid", "--out", str(tmp_path), "--learner", learner]
     assert main(["fewshot", "--smoke", *options]) == 0
+    assert "sinusoid, 10 points: 10 test episodes" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "fewshot" / "adaptation.png").stat().st_size > 0
     results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
     assert results["measure"] == "mean squared error"
@@ -159,7 +164,8 @@ def test_steps_of_fine_tuning_are_those_asked_for(images, tmp_path, monkeypatch)
         (["--learner", "snail", "--num-steps", "3"], "snail takes no inner steps: leave out num_s"),
         (["--learner", "protonet", "--inner-lr", "1"], "takes no inner steps: leave out inner_lr"),
         (["--learner", "meta_lstm", "--inner-lr", "1"], "meta_lstm learns how far it goes"),
-        (["--ways", "0"], "ways must be at least 1"),
+        (["--ways", "1"], "ways must be at least 2, got 1"),
+        (["--shots", "0"], "shots must be at least 1"),
         (["--num-steps", "0"], "num_steps must be at least 1"),
         (["--patience", "0"], "patience must be at least 1"),
         (["--inner-lr", "nan"], "inner_lr must be positive and finite, got nan"),
@@ -167,13 +173,75 @@ def test_steps_of_fine_tuning_are_those_asked_for(images, tmp_path, monkeypatch)
         (["--batch-norm", "running"], "batch_norm must be one of transductive, support"),
         (["--task", "sinusoid", "--root", "x"], "sinusoid has no use for root"),
         (["--task", "sinusoid", "--ways", "7"], "sinusoid has no use for ways"),
-        (["--task", "omniglot"], "no Omniglot in"),
+        (["--task", "sinusoid", "--channels", "8"], "sinusoid has no use for channels"),
+        (["--task", "sinusoid", "--batch-norm", "support"], "sinusoid has no use for batch_norm"),
+        (["--download"], "glyphs has no use for download: leave it out"),
+        (["--task", "omniglot", "--color"], "omniglot has no use for color: leave it out"),
+        (["--task", "omniglot"], "fmeta fewshot: --download"),
     ],
     ids=str,
 )
 def test_what_cannot_be_meant_is_said(tmp_path, options, message, capsys):
     assert main(["fewshot", "--out", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_smoke_run_makes_no_number_larger(tmp_path, capsys):
+    options = ["--task", "sinusoid", "--learner", "snail", "--no-baselines", "--out", str(tmp_path)]
+    numbers = ["--test-episodes", "1", "--outer-steps", "3", "--shots", "1", "--queries", "2"]
+    assert main(["fewshot", "--smoke", *options, *numbers]) == 0
+    assert "sinusoid, 1 point: 1 test episode" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((tmp_path / "fewshot" / "results.json").read_text())
+    assert results["episodes"] == 1
+    assert results["training"]["outer_steps"] == 3
+    source = fewshot.load_run(tmp_path / "fewshot").source
+    assert (source.shots, source.queries) == (1, 2)
+
+
+def test_images_keep_their_colours_if_asked(images, tmp_path):
+    for name, options, channels in (("grey", [], 1), ("colour", ["--color"], 3)):
+        options = ["--learner", "protonet", "--no-baselines", "--name", name, *options]
+        assert run(images, tmp_path, *options) == 0
+        assert fewshot.load_run(tmp_path / name).source.shape == (channels, 28, 28)
+
+
+def test_omniglot_is_downloaded_by_one_process(tmp_path, monkeypatch, capsys):
+    """A stand-in for torchvision makes the folders."""
+    options = ["--task", "omniglot", "--download", "--root", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    assert main(["fewshot", *options]) == 1
+    assert "pip install 'fmeta[vision]'" in capsys.readouterr().err
+
+    done = []
+
+    def omniglot(root, *, background, download):
+        done.append("download")
+        part = "background" if background else "evaluation"
+        for alphabet in range(6):
+            folder = tmp_path / "omniglot-py" / f"images_{part}" / f"a{alphabet}" / "c0"
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / f"{i}.png")
+
+    stand_in = types.SimpleNamespace(Omniglot=omniglot)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", stand_in)
+    config = fewshot.FewShotConfig(task="omniglot", ways=2, root=str(tmp_path), download=True)
+    for first in (True, False):
+        ranks = types.SimpleNamespace(is_first=first, wait_for_all=lambda: done.append("wait"))
+        assert job._source(config, ranks).ways == 2
+        assert done == ["download", "download", "wait"]
+        done.remove("wait")
+
+
+def test_help_is_whole_on_a_terminal_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["fewshot", "--help"])
+    shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
+    for row in options_table(fewshot.FewShotConfig).splitlines()[2:]:
+        flag, *_, text = row.strip("| ").split(" | ")
+        assert flag.strip("`") in shown
+        assert re.sub(r"\s", "", text) in shown
 
 
 def test_the_glyphs_of_a_run_can_be_looked_at(tmp_path):
