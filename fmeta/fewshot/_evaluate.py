@@ -76,7 +76,8 @@ def evaluate(
     options = {} if num_steps is None else {"num_steps": num_steps}
     like = likeness(meta_params)
     # Inner gradients record a graph, for a step: not of what is the same for all steps.
-    meta_params = trees.map(Tensor.detach, meta_params)
+    given, rebuild = trees.tensors(meta_params)
+    meta_params = rebuild(x.detach() for x in given)
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         outputs = learner.predict(learner.adapt(meta_params, support, **options), query.x)

@@ -69,11 +69,11 @@ def likeness(meta_params: Any) -> dict[str, Any]:
 
     Options of `draw`; the dtype is None where the parameters of the network have several.
     """
-    leaves = trees.leaves(meta_params)
+    leaves = trees.tensors(meta_params)[0]
     if not leaves:
         return {}
-    network = meta_params.get("model_params") if isinstance(meta_params, Mapping) else None
-    dtypes = {x.dtype for x in trees.leaves(network) or leaves if x.is_floating_point()}
+    network = meta_params.get("model_params", ()) if isinstance(meta_params, Mapping) else ()
+    dtypes = {x.dtype for x in trees.tensors(network)[0] or leaves if x.is_floating_point()}
     return {"device": leaves[0].device, "dtype": dtypes.pop() if len(dtypes) == 1 else None}
 
 

@@ -160,6 +160,55 @@ def test_meta_training_lowers_the_loss_of_unseen_classes(name):
     assert after < 0.9 * before
 
 
+def with_scales(get):
+    """Prototypes in scaled inputs, as somebody else would write it; ``get`` finds the scales."""
+
+    def adapt(meta_params, support, *, num_steps=None):
+        x, y = support
+        member = (y[:, None] == torch.arange(kit.WAYS)).to(x.dtype)
+        scales = get(meta_params)
+        return scales, member.T @ (x * scales) / member.sum(0)[:, None]
+
+    def predict(adapted, query_x):
+        scales, means = adapted
+        return -((query_x * scales)[:, None] - means).square().sum(-1)
+
+    def estimate(meta_params, episodes, progress=1.0, *, share=None):
+        def loss(meta_params):
+            def of_task(support, query):
+                outputs = predict(adapt(meta_params, support), query.x)
+                return torch.nn.functional.cross_entropy(outputs, query.y)
+
+            return torch.vmap(of_task)(*episodes[:2]).mean()
+
+        grads, value = torch.func.grad_and_value(loss)(meta_params)
+        return fmeta.estimators.Estimate(value.detach(), grads, {})
+
+    return fewshot.MetaLearner(lambda generator=None: None, estimate, adapt, predict)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "get"),
+    [
+        (lambda x: x, lambda m: m),
+        (lambda x: {"scales": x}, lambda m: m["scales"]),
+        (lambda x: ([x], x[0]), lambda m: m[0][0]),
+        (lambda x: {"model_params": {}, "scales": x}, lambda m: m["scales"]),
+    ],
+    ids=["a tensor", "other names", "a tuple", "an empty network"],
+)
+def test_meta_parameters_of_a_learner_of_ones_own_may_be_any_tree(wrap, get):
+    source, _ = kit.points()
+    learner = with_scales(get)
+    meta_params = wrap(torch.full((4,), 0.1))  # float32; the source is float64
+    scores = fewshot.evaluate(learner, meta_params, source, num_episodes=3)
+    assert scores.losses.dtype == torch.float32
+    stream = fewshot.estimator(learner, source, num_tasks=2)
+    outer = fmeta.optimizers.sgd(0.1)
+    trained = fmeta.meta_train.run(stream, meta_params, outer=outer, num_steps=2).meta_params
+    assert (get(trained) != get(meta_params)).all()
+
+
 def test_nearest_neighbour_is_the_label_of_the_nearest():
     learner = fewshot.nearest_neighbour(2)
     x, y = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([0, 0, 1])
