@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._autodiff import check_scalar
+from fmeta._functions import check_function
+from fmeta._numbers import check_real
 
 __all__ = ["SOLVERS", "ImplicitGradient", "check_solver", "implicit_gradient"]
 
@@ -74,7 +77,10 @@ def implicit_gradient(
         An `ImplicitGradient`.
 
     Raises:
-        ValueError: an unknown solver, numbers out of range.
+        ValueError: an unknown solver, numbers out of range; no loss at all, or one that is no
+            scalar; trees without a tensor.
+        TypeError: what is no number, no function (or one of other arguments), no floating tensor
+            (with its path).
 
     Example:
         >>> import torch
@@ -90,7 +96,9 @@ def implicit_gradient(
         differentiation" (1911.02590), theorem 1 and algorithm 3 (Neumann).
     """
     check_solver(solver, num_iterations, damping, step_size)
-    inner, outer = (x if isinstance(x, Sequence) else (x,) for x in (inner_loss, outer_loss))
+    inner, outer = _parts("inner_loss", inner_loss), _parts("outer_loss", outer_loss)
+    _check_floating("params", params)
+    _check_floating("meta_params", meta_params)
     slopes = [torch.func.grad(part) for part in inner]
 
     def product(v: Tree) -> Tree:
@@ -117,16 +125,51 @@ def implicit_gradient(
 
 
 def check_solver(solver: str, num_iterations: int, damping: float, step_size: float) -> None:
-    """Raises a ValueError for an unknown solver or numbers out of range."""
+    """Raises a ValueError for an unknown solver or numbers out of range, else a TypeError."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if isinstance(num_iterations, bool) or num_iterations < 1:
+    if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+        raise TypeError(f"num_iterations must be an integer, got {num_iterations!r}")
+    if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+    check_real(damping=damping, step_size=step_size)
     if not 0 <= damping < math.inf or not 0 < step_size < math.inf:
         raise ValueError(
             "damping must be at least 0 and step_size above 0, both finite, got "
             f"{damping} and {step_size}"
         )
+
+
+def _parts(name: str, given: Any) -> list[Callable[[Tree, Tree], Tensor]]:
+    """The functions whose sum a loss is, each of which looks at its own value."""
+    parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not parts:
+        raise ValueError(f"{name} is an empty list: give a function (params, meta_params), or some")
+
+    def scalar(part: Callable[[Tree, Tree], Tensor]) -> Callable[[Tree, Tree], Tensor]:
+        check_function(name, part, "params", "meta_params")
+
+        def checked(params: Tree, meta_params: Tree) -> Tensor:
+            value = part(params, meta_params)
+            check_scalar(value, name)
+            return value
+
+        return checked
+
+    return [scalar(part) for part in parts]
+
+
+def _check_floating(name: str, tree: Tree) -> None:
+    found = trees.leaves(tree)
+    if not found:
+        raise ValueError(f"{name} holds no tensor: there is nothing to differentiate by")
+    for i, x in enumerate(found):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"the leaf of {name} at path {trees.paths(tree)[i]} is {kind}, not a floating "
+                "tensor: what is not differentiated by belongs into the losses themselves"
+            )
 
 
 def _conjugate_gradients(product: Callable[[Tree], Tree], v: Tree, iterations: int) -> Tree:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["check_number", "check_numbers", "nothing_to_learn"]
+__all__ = ["check_flag", "check_number", "check_numbers", "check_real", "nothing_to_learn"]
 
 
 def nothing_to_learn(generator: torch.Generator | None = None) -> dict[str, Any]:
@@ -43,3 +43,20 @@ def check_number(name: str, value: Any, *, below: float = math.inf, positive: bo
         wanted = "positive" if positive else "not negative"
         limit = "finite" if below == math.inf else f"below {below:g}"
         raise ValueError(f"{name} must be {wanted} and {limit}, got {value}")
+
+
+def check_real(**numbers: Any) -> None:
+    """Raises a TypeError, with its name, for what is no Python number; ranges are up to others.
+
+    Tensors are not looked at, None is no number.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_flag(**flags: Any) -> None:
+    """Raises a TypeError, with its name, for what is neither True nor False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
