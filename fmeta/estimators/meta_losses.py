@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fmeta._functions import check_function
+from fmeta._numbers import check_real
 from fmeta._unroll import Run
 from fmeta.estimators._contract import MetaLoss, last_loss
 
@@ -159,15 +161,17 @@ def log_ratio(
         0.0
     """
     part, needs = _part_of(of), _needs(of)
+    _check_positive("floor", floor)
     below: Callable[[_Seen], Tensor]
     if callable(baseline):
+        check_function("baseline", baseline, "config")
         below, needs = _of_task(baseline), needs | {"config"}
     elif isinstance(baseline, (int, float)):
         below = _number(baseline)
     else:
         below = _by_step("baseline", baseline)
         for value in torch.as_tensor(baseline).tolist():
-            _check_positive(value)
+            _check_positive("baseline", value)
     return _StepLoss(lambda seen: part(seen).clamp(min=floor).log() - below(seen).log(), needs)
 
 
@@ -180,13 +184,14 @@ def _of_task(baseline: Callable[[Any], Tensor]) -> Callable[[_Seen], Tensor]:
     return of_task
 
 
-def _check_positive(value: float) -> None:
+def _check_positive(name: str, value: float) -> None:
+    check_real(**{name: value})
     if not value > 0:
-        raise ValueError(f"baseline must be positive, got {value}")
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _number(value: float) -> Callable[[_Seen], Tensor]:
-    _check_positive(value)
+    _check_positive("baseline", value)
     return lambda seen: torch.as_tensor(value, dtype=seen.losses.dtype, device=seen.losses.device)
 
 
@@ -195,12 +200,20 @@ def _by_step(
 ) -> Callable[[_Seen], Tensor]:
     if callable(given):
         fn = given
+        check_function(name, fn, "t", "horizon")
         return lambda seen: fn(seen.t, seen.horizon)
-    table = torch.as_tensor(given)
+    try:
+        table = torch.as_tensor(given)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a function, or one number for each t, of shape (T,), got {given!r}"
+        ) from None
     if table.ndim != 1 or not len(table):
         raise ValueError(
             f"{name} by step must be one number for each t, of shape (T,), got {tuple(table.shape)}"
         )
+    if not table.is_meta and not bool(table.isfinite().all()):
+        raise ValueError(f"{name} must be finite for each t, got {table.tolist()}")
 
     def looked_up(seen: _Seen) -> Tensor:
         values = table.to(seen.losses.device, seen.losses.dtype)
@@ -212,6 +225,8 @@ def _by_step(
 def _part_of(of: MetaLoss | None) -> Callable[[_Seen], Tensor]:
     if isinstance(of, _StepLoss):
         return of.part
+    if of is not None:
+        check_function("of", of, "losses", "eval_losses", "t", "horizon")
     fn = of or last_loss
     return lambda seen: fn(seen.losses, seen.evals, seen.t, seen.horizon)
 
