@@ -15,7 +15,7 @@ from fmeta import trees
 from fmeta.distributed._packing import pack_rows, unpack_rows
 from fmeta.distributed._watch import Lost, Watch
 
-__all__ = ["RankLost", "Ranks"]
+__all__ = ["RankLost", "Ranks", "check_ranks"]
 
 Tree = Any
 OnExchange = Callable[[str, int], None]
@@ -196,6 +196,15 @@ class Ranks:
             told_here = self.rank == (1 if lost.rank == 0 else 0)
             text = _describe(lost, self.size)
             raise RankLost(text, lost.rank, lost.reason, is_told_here=told_here)
+
+
+def check_ranks(ranks: Any) -> None:
+    """Raises a TypeError unless these are `Ranks`, or None."""
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise TypeError(
+            "ranks must be fmeta.distributed.Ranks, as `with fmeta.distributed.joined() as ranks` "
+            f"gives them, or None for this process alone, got {ranks!r}"
+        )
 
 
 def _describe(lost: Lost, size: int) -> str:

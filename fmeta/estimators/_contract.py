@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._autodiff import check_scalar
 from fmeta.distributed import Ranks
 from fmeta.tasks import TaskFamily
 
@@ -19,7 +20,7 @@ __all__ = [
     "MetaLoss",
     "bind_opt_params",
     "bound_pair",
-    "check_horizon",
+    "bound_start",
     "check_meta_params",
     "check_sizes",
     "last_loss",
@@ -104,11 +105,37 @@ def bound_pair(bind: Bind, meta_params: Any, config: Any) -> tuple[Any, Any]:
     return bound
 
 
+def bound_start(bind: Bind, meta_params: Any, config: Any, drawn: Any) -> tuple[Any, Any]:
+    """``(opt_params, model_params)`` with which a training begins.
+
+    Args:
+        bind, meta_params, config: as in `bound_pair`.
+        drawn: the start of the family, taken where ``bind`` gives None.
+
+    Raises:
+        ValueError: a start that is not shaped like the family's, with the path.
+    """
+    opt_params, own = bound_pair(bind, meta_params, config)
+    if own is None:
+        return opt_params, drawn
+    if trees.leaves(drawn):
+        try:
+            trees.match(drawn, own, "the start that bind returned", allow_none=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (the parameters here are those of family.init: return all of them, or "
+                "None in their place)"
+            ) from None
+    return opt_params, own
+
+
 def learned_loss(loss: InnerLoss, family: TaskFamily) -> Callable[..., Tensor]:
     """In the form `fmeta.unroll` takes, with ``loss_args=(config, meta_params)``."""
 
     def loss_fn(params: Any, batch: Any, config: Any, meta_params: Any) -> Tensor:
-        return loss(family.data, config, params, batch, meta_params)
+        value = loss(family.data, config, params, batch, meta_params)
+        check_scalar(value, "inner_loss")
+        return value
 
     return loss_fn
 
@@ -175,14 +202,3 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} must be an integer, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_horizon(horizon: int | Sequence[int] | Callable[..., int]) -> None:
-    """The same for a horizon, or each of several; a schedule is not looked at."""
-    if callable(horizon):
-        return
-    several = (horizon,) if isinstance(horizon, int) else tuple(horizon)
-    if not several:
-        raise ValueError("horizon is empty: give a number of inner steps, or several")
-    for value in several:
-        check_sizes(horizon=value)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_steps
+from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, gathered_tasks, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -20,7 +21,6 @@ from fmeta.estimators._contract import (
     MetaLoss,
     bind_opt_params,
     check_meta_params,
-    check_sizes,
     last_loss,
     scored,
 )
@@ -46,7 +46,7 @@ from fmeta.estimators._trainings import (
     trainings_of,
     without_diverged,
 )
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
 
@@ -101,14 +101,23 @@ def evolution(
     ranks: Ranks | None = None,
 ) -> Estimator:
     """The estimator of a scheme; the arguments are those of `fmeta.estimators.pes`."""
-    check_optimizer_type(optimizer, "optimizer")
-    particles = num_tasks if num_particles is None else num_particles
-    check_sizes(
+    check_arguments(
+        optimizer,
         num_tasks=num_tasks,
         truncation=truncation,
-        num_particles=particles,
+        num_particles=num_particles,
+        antithetic=antithetic,
+        bind=bind,
+        meta_loss=meta_loss,
+        eval_split=eval_split,
+        stagger=stagger,
+        perturb=perturb,
         chunk_size=chunk_size,
+        trace=trace,
+        compile=compile,
+        ranks=ranks,
     )
+    particles = num_tasks if num_particles is None else num_particles
     if num_tasks % particles:
         raise ValueError(
             f"num_tasks must be a multiple of num_particles, got {num_tasks} and {particles}"
@@ -121,6 +130,12 @@ def evolution(
     each = num_tasks // particles
 
     def build(family: TaskFamily, particles: Share) -> Estimator:
+        if not antithetic and particles.total < 2:
+            raise ValueError(
+                "antithetic=False compares the loss of a particle with the mean of the others', so "
+                f"each family needs at least 2, got {particles.total}: give more num_tasks and "
+                "num_particles"
+            )
         advance = by_steps(
             optimizer,
             family,
@@ -158,16 +173,20 @@ def _of_family(
 
     def init(meta_params: Tree, seed: int) -> EvolutionState:
         check_meta_params(meta_params)
+        noise.check(meta_params)
+        seed = checked_seed(seed)
         xi: Tree = ()
         with torch.no_grad():
-            trainings = idle(draws, stepper, meta_params, int(seed), copies)
+            trainings = idle(draws, stepper, meta_params, seed, copies)
             if scheme.accumulates:
                 rows = share.total if redraws else len(share.worked_on)
                 xi = trees.map(lambda x: x.new_zeros(rows, *x.shape), meta_params)
-        return EvolutionState(*trainings, xi, 0, int(seed))
+        return EvolutionState(*trainings, xi, 0, seed)
 
     def estimate(meta_params: Tree, state: EvolutionState) -> tuple[Estimate, EvolutionState]:
         check_meta_params(meta_params)
+        check_state(state, EvolutionState, tasks=draws.num_tasks, copies=copies)
+        _check_sums(state.xi, scheme)
         now = trainings_of(state)
         with torch.no_grad():
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))
@@ -232,3 +251,15 @@ def _of_family(
         return found if redraws else found._replace(xi=share.part(state.xi))
 
     return Estimator(init, estimate, share.ranks, gather, scatter)
+
+
+def _check_sums(xi: Tree, scheme: Scheme) -> None:
+    """Raises a ValueError for a state with sums where the scheme has none, or without."""
+    has_sums = xi != () if isinstance(xi, tuple) else True
+    if has_sums != scheme.accumulates:
+        raise ValueError(
+            "the state is of another evolution strategy: this one "
+            + ("sums" if scheme.accumulates else "does not sum")
+            + " the perturbations of a training; give what its own init, or its last estimate, "
+            "returned"
+        )

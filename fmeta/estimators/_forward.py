@@ -75,9 +75,10 @@ def forward(
 
     Raises:
         ValueError: numbers below 1; an optimizer that needs what the family's ``extras`` do not
-            give; fewer tasks than families; later, more meta-parameters than ``max_elements``, and
-            an operation without a forward-mode derivative; ``inner_loss`` with ``truncation``.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            give; fewer tasks than families; ``inner_loss`` with ``truncation``; later, more
+            meta-parameters than ``max_elements``, an operation without a forward-mode derivative,
+            and what `full` or `truncated` refuse.
+        TypeError: as `full`.
 
     Example:
         >>> import fmeta

@@ -12,6 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_unroll
+from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -19,9 +20,7 @@ from fmeta.estimators._contract import (
     Estimator,
     MetaLoss,
     bind_opt_params,
-    check_horizon,
     check_meta_params,
-    check_sizes,
     last_loss,
     scored,
 )
@@ -39,7 +38,7 @@ from fmeta.estimators._trainings import (
     trainings_of,
     without_diverged,
 )
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
 
@@ -86,9 +85,17 @@ def online(
     ranks: Ranks | None,
 ) -> Estimator:
     """`fmeta.estimators.forward` with a truncation; arguments as there."""
-    check_optimizer_type(optimizer, "optimizer")
-    check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
-    check_horizon(horizon)
+    check_arguments(
+        optimizer,
+        num_tasks=num_tasks,
+        truncation=truncation,
+        bind=bind,
+        meta_loss=meta_loss,
+        eval_split=eval_split,
+        stagger=stagger,
+        chunk_size=chunk_size,
+        ranks=ranks,
+    )
 
     def build(family: TaskFamily, share: Share) -> Estimator:
         advance = by_unroll(
@@ -113,16 +120,18 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss, share: Share) ->
 
     def init(meta_params: Tree, seed: int) -> OnlineState:
         check_meta_params(meta_params)
+        seed = checked_seed(seed)
         count = sum(x.numel() for x in trees.leaves(meta_params))
         with torch.no_grad():
-            now = idle(draws, stepper, meta_params, int(seed), 1)
+            now = idle(draws, stepper, meta_params, seed, 1)
             tangents = trees.map(
                 lambda x: x.new_zeros(len(x), count, *x.shape[1:]), (now.params, now.hidden)
             )
-        return OnlineState(*now, tangents, 0, int(seed))
+        return OnlineState(*now, tangents, 0, seed)
 
     def estimate(meta_params: Tree, state: OnlineState) -> tuple[Estimate, OnlineState]:
         check_meta_params(meta_params)
+        check_state(state, OnlineState, tasks=draws.num_tasks, copies=1)
         now = trainings_of(state)
         with torch.no_grad():
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta.distributed import Ranks, Share
+from fmeta.estimators._arguments import check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import Estimate, Estimator, check_meta_params
 from fmeta.estimators._mixture import over_families
@@ -76,10 +77,11 @@ def over_fresh_tasks(
 
         def init(meta_params: Tree, seed: int) -> FreshTasksState:
             check_meta_params(meta_params)
-            return FreshTasksState(int(seed), 0)
+            return FreshTasksState(checked_seed(seed), 0)
 
         def estimate(meta_params: Tree, state: FreshTasksState) -> tuple[Estimate, FreshTasksState]:
             check_meta_params(meta_params)
+            check_state(state, FreshTasksState)
             drawn = [(state.seed, state.step, i) for i in share.worked_on]
             device = device_of_tasks(family, meta_params)
             tasks = [sample_task(family, horizon, *ints) for ints in drawn]

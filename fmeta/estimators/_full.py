@@ -10,17 +10,17 @@ from torch import Tensor
 from fmeta._autodiff import check_scalar, grad_and_value
 from fmeta._unroll import Run, unroll
 from fmeta.distributed import Ranks
+from fmeta.estimators._arguments import check_arguments
 from fmeta.estimators._contract import (
     Bind,
     Estimator,
     InnerLoss,
     bind_opt_params,
-    bound_pair,
-    check_sizes,
+    bound_start,
     learned_loss,
 )
 from fmeta.estimators._fresh_tasks import OfOneTask, over_fresh_tasks
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily, extras_of_task, loss_of_task
 
 __all__ = ["full", "over_whole_trainings"]
@@ -74,8 +74,11 @@ def full(
     Raises:
         ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
             what the family's ``extras`` do not give; fewer tasks than families; an ``inner_loss``
-            that nothing else judges; later, a ``meta_loss`` that is no scalar.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            that nothing else judges; later, a ``meta_loss`` that is no scalar, a start of another
+            shape than the family's.
+        TypeError: no optimizer, no family, no function (or one of other arguments); later, a
+            meta-parameter that is no floating tensor, a seed that is no integer, a state of another
+            estimator.
     """
     return over_whole_trainings(
         grad_and_value,
@@ -120,8 +123,17 @@ def over_whole_trainings(
             ranks: of `full`.
         **options: of `fmeta.unroll`.
     """
-    check_optimizer_type(optimizer, "optimizer")
-    check_sizes(num_tasks=num_tasks, horizon=horizon, chunk_size=chunk_size)
+    check_arguments(
+        optimizer,
+        num_tasks=num_tasks,
+        horizon=horizon,
+        bind=bind,
+        inner_loss=inner_loss,
+        meta_loss_of_run=meta_loss,
+        eval_split=eval_split,
+        chunk_size=chunk_size,
+        ranks=ranks,
+    )
     if inner_loss is not None and eval_split is None and meta_loss is None:
         raise ValueError(
             "an inner_loss that is learned cannot be judged by itself: give eval_split (the "
@@ -138,12 +150,12 @@ def over_whole_trainings(
         def one(
             meta_params: Any, config: Any, params: Any, batches: Any, eval_batches: Any
         ) -> tuple[Tensor, Any]:
-            opt_params, start = bound_pair(bind, meta_params, config)
+            opt_params, start = bound_start(bind, meta_params, config, params)
             run = unroll(
                 optimizer,
                 trained,
                 opt_params,
-                params if start is None else start,
+                start,
                 batches,
                 loss_args=(config,) if inner_loss is None else (config, meta_params),
                 extras=None if extras is None else lambda p, b, config, *_: extras(p, b, config),

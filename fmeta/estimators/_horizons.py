@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fmeta._functions import check_function
 from fmeta.estimators._contract import check_sizes
 
 __all__ = ["Horizon", "as_horizon", "constant", "growing", "log_uniform"]
@@ -147,6 +148,9 @@ class _Growing:
 @dataclass(frozen=True)
 class _Checked:
     schedule: Any
+
+    def __post_init__(self) -> None:
+        check_function("horizon", self.schedule, "generator", "estimate")
 
     def __call__(self, generator: torch.Generator, estimate: int) -> int:
         drawn = self.schedule(generator, estimate)

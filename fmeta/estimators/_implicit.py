@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._autodiff import check_scalar
 from fmeta._implicit import check_solver, implicit_gradient
+from fmeta._numbers import check_real
 from fmeta._unroll import unroll
 from fmeta.distributed import Ranks
+from fmeta.estimators._arguments import check_arguments, checked_seed
 from fmeta.estimators._contract import (
     Bind,
     Estimator,
     InnerLoss,
     bound_pair,
+    bound_start,
     check_meta_params,
-    check_sizes,
 )
 from fmeta.estimators._fresh_tasks import OfOneTask, over_fresh_tasks
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily, extras_of_task, sample_batches, sample_task
 from fmeta.tasks._family import device_of_tasks
 
@@ -109,8 +112,10 @@ def implicit(
             optimum; an optimizer with parameters of its own and no ``bind``; numbers out of range,
             an unknown solver; an optimizer that needs what the family's ``extras`` do not give;
             fewer tasks than families; later, from ``init``, a meta-parameter that the optimum does
-            not depend on.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            not depend on, a start of another shape than the family's.
+        TypeError: no optimizer, no family, no function (or one of other arguments), no number;
+            later, a meta-parameter that is no floating tensor, a seed that is no integer, a state
+            of another estimator.
 
     Example:
         >>> import torch
@@ -128,20 +133,27 @@ def implicit(
         (proximal); Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
         differentiation" (1911.02590), theorem 1.
     """
-    check_optimizer_type(optimizer, "optimizer")
-    check_sizes(
+    check_arguments(
+        optimizer,
         num_tasks=num_tasks,
         horizon=horizon,
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        bind=bind,
+        eval_split=eval_split,
         inner_batches=inner_batches,
         outer_batches=outer_batches,
         chunk_size=chunk_size,
+        ranks=ranks,
     )
     check_solver(solver, num_iterations, damping, step_size)
     for name, count in (("inner_batches", inner_batches), ("outer_batches", outer_batches)):
         if count is not None and count > horizon:
             raise ValueError(f"{name} is {count}, but training has {horizon}: give at most these")
-    if proximal is not None and not 0 < proximal < math.inf:
-        raise ValueError(f"proximal must be positive and finite, or None, got {proximal}")
+    if proximal is not None:
+        check_real(proximal=proximal)
+        if not 0 < proximal < math.inf:
+            raise ValueError(f"proximal must be positive and finite, or None, got {proximal}")
     if inner_loss is None and proximal is None:
         raise ValueError(
             "nothing that is learned moves the optimum of the family's own loss: give "
@@ -215,6 +227,7 @@ def implicit(
 
     def init(meta_params: Tree, seed: int) -> Any:
         check_meta_params(meta_params)
+        seed = checked_seed(seed)
         _refuse_what_moves_nothing(problem, families, meta_params, eval_split)
         return estimator.init(meta_params, seed)
 
@@ -241,10 +254,10 @@ class _Problem:
         self.losses, self.proximal, self.bind = (inner_loss, outer_loss), proximal, bind
 
     def inner(self, family: TaskFamily, config: Tree, p: Tree, batch: Tree, meta: Tree) -> Tensor:
-        return _loss(self.losses[0], family, config, p, batch, meta)
+        return _loss("inner_loss", self.losses[0], family, config, p, batch, meta)
 
     def outer(self, family: TaskFamily, config: Tree, p: Tree, batch: Tree, meta: Tree) -> Tensor:
-        return _loss(self.losses[1], family, config, p, batch, meta)
+        return _loss("outer_loss", self.losses[1], family, config, p, batch, meta)
 
     def start(self, meta_params: Tree, config: Tree, drawn: Tree) -> tuple[Tree, Tree]:
         """``(opt_params, model_params)`` with which training begins."""
@@ -260,11 +273,19 @@ class _Problem:
 
 
 def _loss(
-    own: InnerLoss | None, family: TaskFamily, config: Tree, p: Tree, batch: Tree, meta: Tree
+    name: str,
+    own: InnerLoss | None,
+    family: TaskFamily,
+    config: Tree,
+    p: Tree,
+    batch: Tree,
+    meta: Tree,
 ) -> Tensor:
     if own is None:
         return family.loss(family.data, config, p, batch)
-    return own(family.data, config, p, batch, meta)
+    value = own(family.data, config, p, batch, meta)
+    check_scalar(value, name)
+    return value
 
 
 def _over_last(
@@ -311,7 +332,7 @@ def _refuse_what_moves_nothing(
         )
         with torch.enable_grad():
             meta = trees.map(lambda x: x.detach().clone().requires_grad_(), meta_params)
-            start = problem.start(meta, config, params)[1]
+            start = bound_start(problem.bind, meta, config, params)[1]
             p = trees.map(lambda x: x.detach().clone().requires_grad_(), start)
             inner = problem.inner(family, config, p, batch, meta) + problem.pull(p, start)
             slopes = torch.autograd.grad(

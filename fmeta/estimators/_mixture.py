@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.distributed import Ranks, Share, dealt
+from fmeta.estimators._arguments import checked_seed
 from fmeta.estimators._averages import squared_norm
 from fmeta.estimators._contract import Estimate, Estimator
 from fmeta.random import fold_in
@@ -64,17 +65,23 @@ def over_families(
         return build(family, total if ranks is None else Share(ranks, total))
     if not isinstance(family, Mixture):
         raise TypeError(
-            f"family must be a TaskFamily or a mixture of them, got {type(family).__name__}"
+            f"family must be a TaskFamily or a mixture of them, got {type(family).__name__}: "
+            "call one of fmeta.tasks, as digits()"
         )
     numbers = shares(total, family.weights)
     given = numbers if ranks is None else dealt(ranks, numbers)
     parts = [build(f, n) for f, n in zip(family.families, given, strict=True)]
 
     def init(meta_params: Any, seed: int) -> tuple[Any, ...]:
-        seeds = [fold_in(int(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
+        seeds = [fold_in(checked_seed(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
         return tuple(p.init(meta_params, s) for p, s in zip(parts, seeds, strict=True))
 
     def estimate(meta_params: Any, state: tuple[Any, ...]) -> tuple[Estimate, tuple[Any, ...]]:
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            raise TypeError(
+                f"the state is no tuple of the states of {len(parts)} families: give what this "
+                "estimator's own init, or its last estimate, returned"
+            )
         pairs = [p.estimate(meta_params, s) for p, s in zip(parts, state, strict=True)]
         return _mean([e for e, _ in pairs]), tuple(s for _, s in pairs)
 

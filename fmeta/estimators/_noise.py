@@ -47,6 +47,10 @@ class Noise:
                 if not 0 < value < math.inf:
                     raise ValueError(f"std must be positive and finite{_at(path)}, got {value}")
 
+    def check(self, meta_params: Tree) -> None:
+        """Raises a ValueError for a ``std`` that does not fit the meta-parameters."""
+        self._scales(meta_params, None)
+
     def draw(self, meta_params: Tree, name: Name) -> Tree:
         """The perturbation of this name, on the CPU."""
         if self.perturb is not None:

@@ -59,7 +59,7 @@ def pes(
             tasks. Default: one for each task.
         antithetic: opposite perturbations in pairs, whose errors of even order cancel. False: one
             copy a task and half the cost; its loss counts as far as it is above the mean of the
-            other particles', which is much noisier for small ``std``.
+            other particles' (so there must be some), which is much noisier for small ``std``.
         bind: ``bind(meta_params, config) -> (opt_params, model_params or None)``; says what is
             learned. Default: ``meta_params`` are the optimizer's parameters; ``None`` means that
             models start by ``family.init``.
@@ -88,9 +88,12 @@ def pes(
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, particles that do not divide the tasks,
-            ``compile`` without ``trace``, an optimizer that needs what the family's ``extras`` do
-            not give; later, a ``meta_loss`` of another shape.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            one particle without its opposite, ``compile`` without ``trace``, an optimizer that
+            needs what the family's ``extras`` do not give; later, a ``meta_loss`` or a start of
+            another shape, a state of other trainings.
+        TypeError: no optimizer, no family, no function (or one of other arguments), no flag; later,
+            a meta-parameter that is no floating tensor, a seed that is no integer, a state of
+            another estimator.
 
     Reference:
         Vicol et al., "Unbiased gradient estimation in unrolled computation graphs with persistent

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import check_scalar, grad_and_value
+from fmeta._functions import check_function
 from fmeta._scan import scan
 from fmeta._trace import Traced
 from fmeta.estimators._contract import Bind, bound_pair
@@ -201,19 +202,43 @@ class Policy:
 
     def _sigma(self, meta_params: Tree, config: Tree, params: Tree, mean: Tree) -> Tree:
         """Like the parameters; a relative one is held fixed while the mean is differentiated."""
-        std = self.std(meta_params, config) if callable(self.std) else self.std
-        flat, spec = trees.flatten(params)
-        if isinstance(std, (int, float, Tensor)):
-            many = [std] * len(flat)
-        else:
-            many = trees.flatten_up_to(spec, std, params, "std")
-        sigma = [_like(p, s) for p, s in zip(flat, many, strict=True)]
+        spec = trees.flatten(params)[1]
+        sigma = self._std(meta_params, config, params)
         if self.relative:
             means = trees.flatten_up_to(spec, mean, params, "the optimizer's delta")
             sigma = [
                 s if m is None else s * _rms(m.detach()) for s, m in zip(sigma, means, strict=True)
             ]
         return trees.unflatten(spec, sigma)
+
+    def _std(self, meta_params: Tree, config: Tree, params: Tree) -> list[Tensor]:
+        """What was given as ``std``, for each tensor of the parameters in its shape."""
+        std = self.std(meta_params, config) if callable(self.std) else self.std
+        flat, spec = trees.flatten(params)
+        if isinstance(std, (int, float, Tensor)):
+            many = [std] * len(flat)
+        else:
+            many = trees.flatten_up_to(spec, std, params, "std")
+        return [_like(params, i, p, s) for i, (p, s) in enumerate(zip(flat, many, strict=True))]
+
+    def check_std(self, meta_params: Tree, config: Tree, params: Tree) -> None:
+        """Raises a ValueError for deviations that do not fit the model, or are not above 0.
+
+        Args:
+            meta_params: at which they are taken, where ``std`` is a function.
+            config, params: of some tasks, ``(tasks, ...)``.
+        """
+        if callable(self.std):
+            config, params = trees.map(
+                lambda x: x.to(trees.leaves(meta_params)[0].device), (config, params)
+            )
+        each = torch.vmap(lambda c, p: tuple(self._std(meta_params, c, p)))
+        for path, x in zip(trees.paths(params), each(config, params), strict=True):
+            if not x.is_meta and not bool(((x > 0) & x.isfinite()).all()):
+                raise ValueError(
+                    f"std gives {float(x.min())} at path {path}, but it must be positive and "
+                    "finite: let it be the exponential of what is learned"
+                )
 
 
 # A tensor whose mean delta is zero has this deviation: with 0 there is no density.
@@ -224,16 +249,25 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt().clamp_min(_LEAST)
 
 
-def _like(param: Tensor, std: Any) -> Tensor:
-    """``std`` in the dtype that deltas of this parameter have, of a shape that broadcasts."""
-    return torch.as_tensor(std, dtype=trees.compute_dtype(param), device=param.device).expand(
-        param.shape
-    )
+def _like(params: Tree, i: int, param: Tensor, std: Any) -> Tensor:
+    """``std`` of leaf i in the dtype that its deltas have, and in its shape."""
+    if not isinstance(std, (int, float, Tensor)):
+        raise TypeError(f"std must be a number at path {trees.paths(params)[i]}, got {std!r}")
+    wide = torch.as_tensor(std, dtype=trees.compute_dtype(param), device=param.device)
+    try:
+        return wide.expand(param.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"std at path {trees.paths(params)[i]} has shape {tuple(wide.shape)}, which does not "
+            f"broadcast to that of the model's parameter, {tuple(param.shape)}: give a number for "
+            "the whole tensor"
+        ) from None
 
 
 def check_std(std: Std) -> None:
-    """Raises a ValueError for a deviation that is not above 0."""
+    """Raises a ValueError for a deviation that is not above 0, a TypeError for a function."""
     if callable(std):
+        check_function("std", std, "meta_params", "config")
         return
     for x in trees.leaves(std):
         least = float(x.min()) if isinstance(x, Tensor) else x

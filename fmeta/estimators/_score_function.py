@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
+from fmeta._numbers import check_real
+from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -17,9 +19,8 @@ from fmeta.estimators._contract import (
     Estimator,
     MetaLoss,
     bind_opt_params,
-    bound_pair,
+    bound_start,
     check_meta_params,
-    check_sizes,
     last_loss,
     scored,
 )
@@ -27,8 +28,8 @@ from fmeta.estimators._episodes import Drawn, Episodes, chunks_of
 from fmeta.estimators._mixture import over_families
 from fmeta.estimators._policy import Policy, Seen, check_std
 from fmeta.estimators._return_baselines import BASELINES, Baseline, returns_to_go
-from fmeta.optimizer import Optimizer, check_optimizer_type
-from fmeta.tasks import Mixture, TaskFamily, sample_task
+from fmeta.optimizer import Optimizer
+from fmeta.tasks import Mixture, TaskFamily, sample_task, stack_tasks
 from fmeta.tasks._family import device_of_tasks
 
 __all__ = ["score_function"]
@@ -133,9 +134,12 @@ def score_function(
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, ``discount`` outside of 0 to 1, an unknown
             baseline, ``"rollouts"`` with one rollout, an optimizer that needs what the family's
-            ``extras`` do not give; later, a ``meta_loss`` of another shape, model parameters that
-            depend on ``meta_params``.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            ``extras`` do not give; later, a ``meta_loss``, a start or a ``std`` of another shape,
+            a ``std`` that is not above 0 where it is a function, model parameters that depend on
+            ``meta_params``, a state of another baseline.
+        TypeError: no optimizer, no family, no function (or one of other arguments), no flag, no
+            number; later, a meta-parameter that is no floating tensor, a seed that is no integer,
+            a state of another estimator.
 
     Reference:
         Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement
@@ -144,11 +148,21 @@ def score_function(
         network) in place of this gradient. Through hidden states: Wierstra et al., "Recurrent
         policy gradients" (2010).
     """
-    check_optimizer_type(optimizer, "optimizer")
-    check_sizes(
-        num_tasks=num_tasks, horizon=horizon, num_rollouts=num_rollouts, chunk_size=chunk_size
+    check_arguments(
+        optimizer,
+        num_tasks=num_tasks,
+        horizon=horizon,
+        relative=relative,
+        num_rollouts=num_rollouts,
+        recurrent=recurrent,
+        bind=bind,
+        meta_loss=meta_loss,
+        eval_split=eval_split,
+        chunk_size=chunk_size,
+        trace=trace,
     )
     check_std(std)
+    check_real(discount=discount)
     if not 0 <= discount <= 1:
         raise ValueError(f"discount must be between 0 and 1, got {discount}")
     if baseline not in BASELINES:
@@ -202,11 +216,15 @@ def _of_family(
     chunk_size: int | None,
 ) -> Estimator:
     family, rollouts = episodes.family, episodes.rollouts
+    shapes = _shapes(credit.baseline.init(episodes.horizon))
 
     def init(meta_params: Tree, seed: int) -> ScoreFunctionState:
         check_meta_params(meta_params)
-        _refuse_learned_start(policy.bind, meta_params, sample_task(family, 1, int(seed)).config)
-        return ScoreFunctionState(int(seed), 0, credit.baseline.init(episodes.horizon))
+        seed = checked_seed(seed)
+        config, params, _ = sample_task(family, 1, seed)
+        _refuse_learned_start(policy.bind, meta_params, config, params)
+        policy.check_std(meta_params, *stack_tasks([(config, params)]))
+        return ScoreFunctionState(seed, 0, credit.baseline.init(episodes.horizon))
 
     def roll_out(meta_params: Tree, drawn: Drawn, horizon: Tensor) -> Any:
         """The trainings of some tasks: what was seen, ``(tasks, rollouts, T, ...)``."""
@@ -242,9 +260,17 @@ def _of_family(
         meta_params: Tree, state: ScoreFunctionState
     ) -> tuple[Estimate, ScoreFunctionState]:
         check_meta_params(meta_params)
+        check_state(state, ScoreFunctionState)
+        if _shapes(state.baseline) != shapes:
+            raise ValueError(
+                "the state is of another baseline or horizon: give what this estimator's own init, "
+                "or its last estimate, returned"
+            )
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             device = device_of_tasks(family, meta_params)
             drawn = episodes.draw(state.seed, state.step, device)
+            if callable(policy.std):
+                policy.check_std(meta_params, drawn.config, drawn.params)
             horizon = torch.tensor(episodes.horizon, device=device)
             chunks = chunks_of(drawn, chunk_size)
             found = [roll_out(meta_params, part, horizon) for part in chunks]
@@ -272,11 +298,17 @@ def _of_family(
     return Estimator(init, estimate)
 
 
-def _refuse_learned_start(bind: Callable[..., Any], meta_params: Tree, config: Tree) -> None:
+def _shapes(baseline: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in baseline.items()}
+
+
+def _refuse_learned_start(
+    bind: Callable[..., Any], meta_params: Tree, config: Tree, params: Tree
+) -> None:
     with torch.enable_grad():
         own = trees.map(lambda x: x.detach().clone().requires_grad_(), meta_params)
-        start = bound_pair(bind, own, config)[1]
-    if start is not None and any(x.requires_grad for x in trees.leaves(start)):
+        start = bound_start(bind, own, config, params)[1]
+    if any(x.requires_grad for x in trees.leaves(start)):
         raise ValueError(
             "bind gives model parameters that depend on meta_params: score_function learns what "
             "chooses the steps, not where training begins; take `full` or `pes` for that"

@@ -17,7 +17,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.distributed import Share
 from fmeta.estimators._advance import Advance
-from fmeta.estimators._contract import Bind, bound_pair
+from fmeta.estimators._contract import Bind, bound_pair, bound_start
 from fmeta.estimators._horizons import Horizon, as_horizon
 from fmeta.optimizer import Optimizer
 from fmeta.random import fold_in
@@ -257,8 +257,7 @@ class Stepper:
         """
 
         def one(meta_params: Tree, config: Tree, params: Tree, horizon: Tensor) -> Any:
-            opt_params, own = bound_pair(self.bind, meta_params, config)
-            params = params if own is None else own
+            opt_params, params = bound_start(self.bind, meta_params, config, params)
             return params, self.optimizer.init_hidden(opt_params, params, num_steps=horizon)
 
         by_copy = torch.vmap(one, in_dims=(0, None, None, None))

@@ -13,6 +13,7 @@ from fmeta import trees
 from fmeta._autodiff import grad_and_value
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_steps, by_unroll
+from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
     Bind,
@@ -20,9 +21,7 @@ from fmeta.estimators._contract import (
     Estimator,
     MetaLoss,
     bind_opt_params,
-    check_horizon,
     check_meta_params,
-    check_sizes,
     last_loss,
     scored,
 )
@@ -42,7 +41,7 @@ from fmeta.estimators._trainings import (
     trainings_of,
     without_diverged,
 )
-from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks
 
@@ -132,18 +131,28 @@ def truncated(
     Raises:
         ValueError: numbers below 1, an optimizer that needs what the family's ``extras`` do not
             give, fewer tasks than families, ``compile`` with ``checkpoint`` or ``mixed_mode``;
-            later, a ``meta_loss`` of another shape, and options
-            that `fmeta.unroll` refuses.
-        TypeError: no optimizer, no family; later, a meta-parameter that is no floating tensor.
+            later, a ``meta_loss`` or a start of another shape, a state of other trainings, and
+            options that `fmeta.unroll` refuses.
+        TypeError: no optimizer, no family, no function (or one of other arguments), no flag; later,
+            a meta-parameter that is no floating tensor, a seed that is no integer, a state of
+            another estimator.
 
     Reference:
         Wu et al., "Understanding short-horizon bias in stochastic meta-optimization" (1803.02021),
         on the bias.
     """
-    check_optimizer_type(optimizer, "optimizer")
-    check_sizes(num_tasks=num_tasks, truncation=truncation, chunk_size=chunk_size)
-    check_horizon(horizon)
-
+    check_arguments(
+        optimizer,
+        num_tasks=num_tasks,
+        truncation=truncation,
+        bind=bind,
+        meta_loss=meta_loss,
+        eval_split=eval_split,
+        stagger=stagger,
+        chunk_size=chunk_size,
+        compile=compile,
+        ranks=ranks,
+    )
     if compile and (checkpoint is not None or mixed_mode):
         raise ValueError("compile=True goes with neither checkpoint nor mixed_mode: leave one out")
 
@@ -180,11 +189,13 @@ def _of_family(draws: Draws, stepper: Stepper, score: MetaLoss, share: Share) ->
 
     def init(meta_params: Tree, seed: int) -> TruncatedState:
         check_meta_params(meta_params)
+        seed = checked_seed(seed)
         with torch.no_grad():
-            return TruncatedState(*idle(draws, stepper, meta_params, int(seed), 1), 0, int(seed))
+            return TruncatedState(*idle(draws, stepper, meta_params, seed, 1), 0, seed)
 
     def estimate(meta_params: Tree, state: TruncatedState) -> tuple[Estimate, TruncatedState]:
         check_meta_params(meta_params)
+        check_state(state, TruncatedState, tasks=draws.num_tasks, copies=1)
         now = trainings_of(state)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             plan = draws.plan(state.seed, state.step, now, device_of_tasks(family, meta_params))

@@ -317,13 +317,6 @@ def test_tasks_of_the_own_particle_are_no_baseline_and_those_that_diverge_neithe
     close(vector(broken.grads), total / 5)
 
 
-def test_one_particle_alone_has_no_baseline():
-    found = estimates(build(es, num_tasks=1, antithetic=False, std=0.05), 1)[0]
-    generator = fold_in(0, 0, 0, 4)
-    eps = trees.map(lambda x: 0.05 * torch.randn(x.shape, generator=generator, **DOUBLE), RATES)
-    close(found.grads, trees.map(lambda e: found.metrics["losses"].mean() * e / 0.05**2, eps))
-
-
 # A standard deviation for each tensor
 
 
