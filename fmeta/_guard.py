@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy
@@ -21,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmeta import _autodiff, trees
 
-__all__ = ["refuse_changing_numbers", "refuse_closures_and_noise"]
+__all__ = ["probing", "refuse_changing_numbers", "refuse_closures_and_noise"]
 
 _functorch = torch._C._functorch
+_probing: ContextVar[bool] = ContextVar("_probing", default=False)
 
 _NOISE = (
     "the function draws random numbers (dropout?), and recomputing it would draw others: draw the "
@@ -62,8 +64,12 @@ def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> 
     before, other_before = _random_state(), _other_random_state()
     refuse = _Refuse(cure, torch.is_grad_enabled())
     noise = _SeesNoise()
-    with torch.no_grad(), refuse, noise, _autodiff.nested():
-        result = fn(*standins)
+    token = _probing.set(True)
+    try:
+        with torch.no_grad(), refuse, noise, _autodiff.nested():
+            result = fn(*standins)
+    finally:
+        _probing.reset(token)
     for x in trees.leaves(result):
         if isinstance(x, Tensor) and refuse.traced_outside(x):
             refuse.complain("the function returns", x)
@@ -74,6 +80,15 @@ def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> 
         raise ValueError(_NOISE)
     if _other_random_state() != other_before:
         raise ValueError(_NOISE)
+
+
+def probing() -> bool:
+    """Whether a function is being run on stand-ins, to see what it does.
+
+    Then what the probe is to look into must not hide in an `autograd.Function`: under a transform
+    torch runs that as one operation, at whose insides no mode looks.
+    """
+    return not torch.compiler.is_compiling() and _probing.get()
 
 
 def refuse_changing_numbers(carry: Any, new: Any) -> None:

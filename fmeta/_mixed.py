@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmeta import _autodiff, trees
+from fmeta import _autodiff, _guard, trees
 from fmeta._remat import _filled, _Remat, pulled_back
 
 __all__ = ["mixed_grad_and_value"]
@@ -39,6 +39,8 @@ def mixed_grad_and_value(
     Returns:
         ``(grads, (loss, aux))``.
     """
+    if known is None and _guard.probing():
+        return _autodiff.grad_and_value(fn, params, *args)
     inputs, rebuild = trees.tensors((params, args))
     leaves, params_spec = trees.flatten(params)
     n = len(leaves)

@@ -324,6 +324,8 @@ def unroll(
 
 def _recomputed_gradient(gradient: Callable[..., Any]) -> Callable[..., Any]:
     def again(fn: Callable[..., Any], *args: Tree) -> Any:
+        if _guard.probing():
+            return gradient(fn, *args)
         return remat(lambda *args: gradient(fn, *args))(*args)
 
     return again
@@ -331,6 +333,8 @@ def _recomputed_gradient(gradient: Callable[..., Any]) -> Callable[..., Any]:
 
 def _recomputed_update(optimizer: Optimizer) -> Callable[..., Any]:
     def update(*args: Tree, loss: Tensor, extras: Mapping[str, Any] | None) -> Any:
+        if _guard.probing():
+            return optimizer.update(*args, loss=loss, extras=extras)
         # What the rule does not need is not handed in: each argument costs a gradient.
         loss_and_extras = (loss, extras and dict(extras)) if optimizer.needs else (None, None)
 

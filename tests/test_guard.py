@@ -145,6 +145,54 @@ def test_mixed_mode_refuses_it_too(outer):
         OUTER[outer](total(WAYS["lambda"], mixed_mode=True))
 
 
+RECOMPUTED = [
+    {"recompute": "gradient"},
+    {"recompute": "both"},
+    {"recompute": "rule", "mixed_mode": True},
+    {"recompute": "gradient", "checkpoint": "sqrt"},
+    {"mixed_mode": True, "checkpoint": "sqrt"},
+    {"mixed_mode": "keep_gradients", "checkpoint": 2},
+]
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("options", RECOMPUTED, ids=str)
+def test_a_loss_that_is_recomputed_may_not_hide_it(options, outer):
+    # Under a transform the recomputed part is one operation, whose insides no mode looks at.
+    with pytest.raises(ValueError, match=CURE):
+        OUTER[outer](total(WAYS["lambda"], **options))
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "rule"},
+        {"recompute": "rule", "mixed_mode": True},
+        {"recompute": "both", "checkpoint": 2},
+    ],
+    ids=str,
+)
+def test_nor_may_a_rule_that_is_recomputed(options, outer):
+    def fn(a):
+        rule = optimizers.sgd(a)
+        loss = lambda p, x: base(1.0, p, x)
+        return fmeta.unroll(rule, loss, {}, PARAMS, BATCHES, **options).losses.sum()
+
+    with pytest.raises(ValueError, match=CURE):
+        OUTER[outer](fn)
+
+
+@pytest.mark.parametrize("recompute", ["gradient", "rule", "both"])
+def test_nor_in_a_single_step(recompute):
+    def fn(a):
+        step = fmeta.inner_step(optimizers.sgd(a), WAYS["lambda"](a), recompute=recompute)
+        return step({}, fmeta.InnerState(PARAMS, {}), BATCHES[0])[1]["loss"]
+
+    with pytest.raises(ValueError, match=CURE):
+        grad(fn)(A)
+
+
 @pytest.mark.parametrize("options", [{"checkpoint": 2}, {"mixed_mode": True}], ids=str)
 def test_the_message_names_operation_and_shape(options):
     make = lambda a: lambda p, x: (p["w"] * torch.stack([a, a])).sum()
