@@ -14,6 +14,7 @@ from fmeta.estimators import Estimate
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import gradient_based
+from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, check_episodes, estimate_by, shown
 from fmeta.fewshot._model import as_model, beside
@@ -91,7 +92,9 @@ def fine_tune(
         classes, and reports the accuracy of that.
 
     Raises:
-        ValueError: numbers below 1; later, episodes without ``classes``.
+        ValueError: numbers below 1; later, episodes without ``classes``, and labels outside of 0 to
+            ``ways`` - 1, where they can be seen (outside of transforms).
+        TypeError: later, labels that are no integers.
 
     Reference:
         Chen et al., "A closer look at few-shot classification" (1904.04232), section 3.2,
@@ -136,6 +139,8 @@ def fine_tune(
                 "fine_tune needs to know which classes an episode has: give Episode(support, "
                 "query, classes), as the sources of classes do"
             )
+        check_labels(episodes[0][1], ways, "the support sets")
+        check_labels(episodes[1][1], ways, "the query sets")
         return by_piece(meta_params, episodes, progress, share=share)
 
     def head_loss(head: Tree, batch: Any) -> Tensor:
@@ -144,6 +149,7 @@ def fine_tune(
 
     def adapt(meta_params: Tree, support: Any, *, num_steps: int | None = None) -> Tuned:
         support = check_examples(support, "the support set")
+        check_labels(support.y, ways, "the support set")
         steps = default if num_steps is None else num_steps
         params = meta_params["model_params"]
         features, stats = features_of(params, support.x)
@@ -183,7 +189,9 @@ def nearest_neighbour(ways: int) -> MetaLearner:
         class is the negative squared distance to its nearest example.
 
     Raises:
-        ValueError: ``ways`` below 1; steps asked for.
+        ValueError: ``ways`` below 1; steps asked for; labels outside of 0 to ``ways`` - 1, where
+            they can be seen (outside of transforms).
+        TypeError: labels that are no integers.
     """
     check_sizes(ways=ways)
 
@@ -193,7 +201,9 @@ def nearest_neighbour(ways: int) -> MetaLearner:
     def adapt(meta_params: Tree, support: Any, *, num_steps: int | None = None) -> Memory:
         if num_steps:
             raise ValueError("nearest_neighbour takes no steps: leave out num_steps")
-        return Memory(*check_examples(support, "the support set"))
+        memory = Memory(*check_examples(support, "the support set"))
+        check_labels(memory.y, ways, "the support set")
+        return memory
 
     def predict(adapted: Memory, query_x: Tensor) -> Tensor:
         known, asked = adapted.x.flatten(1), query_x.flatten(1)

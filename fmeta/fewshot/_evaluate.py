@@ -69,7 +69,7 @@ def evaluate(
         `Scores`.
 
     Raises:
-        ValueError: numbers below 1, a split that the source has not.
+        ValueError: numbers below 1, a split that the source has not, fewer outputs than ways.
     """
     check_sizes(num_episodes=num_episodes, batch_size=batch_size)
     score = loss_named(loss)
@@ -81,6 +81,11 @@ def evaluate(
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         outputs = learner.predict(learner.adapt(meta_params, support, **options), query.x)
+        if loss == "cross_entropy" and outputs.shape[-1] < source.ways:
+            raise ValueError(
+                f"the learner gives {outputs.shape[-1]} outputs, but episodes of {source.name} "
+                f"have {source.ways} ways: make both for the same number of classes"
+            )
         return score(outputs, query.y), accuracy_of(outputs, query.y)
 
     found = []

@@ -71,6 +71,7 @@ def estimate_by(
     compile: bool = False,
     record: bool = True,
     at: Callable[[float], Tensor] = torch.tensor,
+    check: Callable[[Episode], None] | None = None,
 ) -> Callable[..., Estimate]:
     """``estimate`` of a `MetaLearner`: the mean of the episodes' parts, made together by `vmap`.
 
@@ -82,6 +83,7 @@ def estimate_by(
             convolutions as many as fit its caches.
         compile, record: as of `gradient_based`.
         at: makes a tensor for the piece of the part of meta-training that is over.
+        check: raises what is wrong with a meta-batch.
     """
 
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
@@ -105,6 +107,8 @@ def estimate_by(
     ) -> Estimate:
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
+        if check is not None:
+            check(episodes)
         given = {"meta_params": meta_params, "episodes": episodes}
         trees.common_device(given, "meta-parameters and episodes", "move them to one")
         run: Callable[..., Any] = together

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
+from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown
 from fmeta.fewshot._model import as_model
@@ -24,7 +25,7 @@ class Prototypes(NamedTuple):
 
     Attributes:
         params: of the network.
-        means: ``(ways, features)``.
+        means: ``(ways, features)``; infinite of a class without examples, which no query is near.
         stats: what it normalises by; ``()``: by whatever it is shown.
     """
 
@@ -54,8 +55,9 @@ def protonet(
         A `MetaLearner` with ``meta_params = {"model_params": ...}``; its ``adapt`` takes no steps.
 
     Raises:
-        ValueError: numbers below 1; steps asked for.
-        TypeError: no network.
+        ValueError: numbers below 1; steps asked for; labels outside of 0 to ``ways`` - 1, and
+            classes without a support example, where they can be seen (outside of transforms).
+        TypeError: no network, or labels that are no integers.
 
     Reference:
         Snell, Swersky, Zemel, "Prototypical networks for few-shot learning" (1703.05175),
@@ -71,6 +73,7 @@ def protonet(
         if num_steps:
             raise ValueError("protonet takes no steps: leave out num_steps")
         x, y = check_examples(support, "the support set")
+        check_labels(y, ways, "the support set", every=True)
         params = meta_params["model_params"]
         features, stats = model.apply(params, x)
         return Prototypes(
@@ -85,12 +88,16 @@ def protonet(
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)
         return loss(outputs, episode.query.y), shown(None, outputs, episode.query.y)
 
-    return MetaLearner(
-        init, estimate_by(by_gradient(meta_loss), chunk_size=chunk_size), adapt, predict
-    )
+    def check(episodes: Episode) -> None:
+        check_labels(episodes.support.y, ways, "the support sets", every=True)
+        check_labels(episodes.query.y, ways, "the query sets")
+
+    estimate = estimate_by(by_gradient(meta_loss), chunk_size=chunk_size, check=check)
+    return MetaLearner(init, estimate, adapt, predict)
 
 
 def prototypes_of(features: Tensor, y: Tensor, ways: int) -> Tensor:
-    """Means by class, ``(ways, features)``; of a class without examples 0."""
+    """Means by class, ``(ways, features)``; of a class without examples infinity."""
     member = (y[:, None] == torch.arange(ways, device=y.device)).to(features.dtype)
-    return (member.T @ features) / member.sum(0).clamp_min(1)[:, None]
+    count = member.sum(0)[:, None]
+    return torch.where(count > 0, (member.T @ features) / count.clamp_min(1), torch.inf)

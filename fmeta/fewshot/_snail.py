@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
+from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown
 from fmeta.fewshot._model import Model, as_model, beside, check_batch_norm
@@ -88,8 +89,9 @@ def snail(
 
     Raises:
         ValueError: numbers below 1; no attention; a network that does not tell its features; steps
-            asked for; targets of another size.
-        TypeError: no network.
+            asked for; targets of another size; labels outside of 0 to ``num_outputs`` - 1, where
+            they can be seen (outside of transforms).
+        TypeError: no network; labels that are no integers.
 
     Reference:
         Mishra, Rohaninejad, Chen, Abbeel, "A simple neural attentive meta-learner" (1707.03141),
@@ -122,6 +124,14 @@ def snail(
         reader = _as_neighbours(random, known, num_outputs, *attends[0], gain)
         return {"model_params": params, "sequence": beside(params, reader)}
 
+    def check_targets(y: Tensor, what: str) -> None:
+        if loss == "cross_entropy" or not y.is_floating_point():
+            check_labels(y, num_outputs, what)
+
+    def check(episodes: Episode) -> None:
+        check_targets(episodes.support.y, "the support sets")
+        check_targets(episodes.query.y, "the query sets")
+
     def features_of(meta_params: Tree, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
         features, seen = model.apply(meta_params["model_params"], x, stats)
         if features.ndim != 2 or features.shape[1] != known:
@@ -137,6 +147,7 @@ def snail(
         if num_steps:
             raise ValueError("snail takes no steps: leave out num_steps")
         x, y = check_examples(support, "the support set")
+        check_targets(y, "the support set")
         features, stats = features_of(meta_params, x)
         rows = torch.cat([features, _as_numbers(y, num_outputs, features.dtype)], -1)
         _, kept = sequence.over(meta_params["sequence"], rows)
@@ -151,7 +162,9 @@ def snail(
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)
         return score(outputs, episode.query.y), shown(None, outputs, episode.query.y)
 
-    estimate = estimate_by(by_gradient(meta_loss), chunk_size=chunk_size, record=record)
+    estimate = estimate_by(
+        by_gradient(meta_loss), chunk_size=chunk_size, record=record, check=check
+    )
     return MetaLearner(init, estimate, adapt, predict)
 
 

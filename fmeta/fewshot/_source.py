@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.fewshot._contract import Episode, Examples
+from fmeta.fewshot._labels import check_labels
 from fmeta.random import fold_in
 from fmeta.tasks import stack_tasks
 from fmeta.tasks._family import SPLITS, check_split
@@ -57,10 +58,18 @@ def draw(
         split: ``"train"``, ``"validation"`` or ``"test"``.
         device: where they are moved to; None: they stay on the CPU.
         dtype: of inputs and targets that are floating; None: as the source makes them.
+
+    Raises:
+        ValueError: an unknown split; labels outside of 0 to the source's ``ways`` - 1.
     """
     check_split(split)
     each = [source.sample(fold_in(*row, SPLITS.index(split)), split) for row in drawn]
-    stacked: Episode = stack_tasks(each, device)
+    stacked: Episode = stack_tasks(each)
+    for what, (_, y) in zip(("support", "query"), stacked[:2], strict=True):
+        if source.ways and not y.is_floating_point():  # before they are on a device that is far
+            check_labels(y, source.ways, f"the {what} sets of {source.name}")
+    if device is not None:
+        stacked = trees.map(lambda x: x.to(device), stacked)
     return stacked if dtype is None else trees.cast(stacked, dtype)
 
 
