@@ -28,8 +28,8 @@ def conv4(
 
     Args:
         ways: outputs; None: no last layer, the outputs are the features.
-        side: of the square images, which are ``(n, in_channels, side, side)`` or ``(n, side,
-            side)``.
+        side: of the square images, which are ``(n, in_channels, side, side)``, or with one channel
+            also ``(n, side, side)``.
         in_channels: of the images.
         channels: of every block.
         blocks: how many; each halves the side, rounded down.
@@ -40,7 +40,8 @@ def conv4(
         and, as statistics, mean and variance of each normalisation.
 
     Raises:
-        ValueError: images too small for that many blocks, or a number below 1.
+        ValueError: images too small for that many blocks, or a number below 1; later, images of
+            another shape.
 
     Reference:
         Vinyals et al., "Matching networks" (1606.04080); Finn et al. (1703.03400), section 5.2.
@@ -53,6 +54,22 @@ def conv4(
     if not last:
         raise ValueError(f"{blocks} poolings leave nothing of a side of {side}: fewer blocks")
     features = channels * last * last
+
+    def check_images(x: Tensor) -> None:
+        grey = in_channels == 1 and x.shape[1:] == (side, side)
+        if grey or x.shape[1:] == (in_channels, side, side):
+            return
+        got = tuple(x.shape[1:])
+        if x.ndim == 4 and got[1:] == (side, side):
+            cure = f"in_channels={got[0]}"
+        elif in_channels > 1 and got == (side, side):
+            cure = "in_channels=1"
+        else:
+            cure = "side= and in_channels= of these images"
+        raise ValueError(
+            f"conv4 was made for images of shape ({in_channels}, {side}, {side}), got (n, "
+            f"{', '.join(map(str, got))}): make it with {cure}"
+        )
 
     def init(generator: torch.Generator) -> dict[str, Tensor]:
         params: dict[str, Tensor] = {}
@@ -73,6 +90,7 @@ def conv4(
         return params
 
     def embed(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
+        check_images(x)
         x = x.reshape(-1, in_channels, side, side)
         seen = []
         for i in range(blocks):

@@ -15,6 +15,20 @@ __all__ = ["LOSSES", "Loss", "accuracy_of", "loss_named"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        raise TypeError(
+            f"cross_entropy wants integer labels, got {labels.dtype}: give "
+            'loss="mse" for targets that are numbers, y.long() for labels'
+        )
+    if outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of an episode do not "
+            "belong together: a network must give a row (n, ways) for each of n labels (n,)"
+        )
+    return cross_entropy(outputs, labels)
+
+
 def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs.shape != targets.shape:  # torch would repeat one along the other
         raise ValueError(
@@ -24,7 +38,7 @@ def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": _mse}
+LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "mse": _mse}
 
 
 def loss_named(loss: str | Loss) -> Loss:

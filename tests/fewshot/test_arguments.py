@@ -69,6 +69,54 @@ def test_targets_of_another_shape_than_the_outputs_are_refused():
         learner.estimate(learner.init(), fewshot.Episode(examples, examples))
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "cure"),
+    [
+        ({}, (3, 8, 8), "in_channels=3"),
+        ({}, (1, 16, 16), "side= and in_channels="),
+        ({}, (64,), "side= and in_channels="),
+        ({"in_channels": 3}, (8, 8), "in_channels=1"),
+        ({"in_channels": 3}, (8, 8, 3), "side= and in_channels="),
+    ],
+)
+def test_images_of_another_shape_are_refused(options, shape, cure):
+    """Channels, or parts of an image, would else become examples."""
+    learner = fewshot.maml(fewshot.conv4(3, side=8, channels=2, blocks=2, **options))
+    support = (torch.rand(6, *shape), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match=rf"got \(n, .*make it with {cure}"):
+        learner.adapt(learner.init(), support)
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(1, (8, 8)), (1, (1, 8, 8)), (3, (3, 8, 8))])
+def test_images_of_the_shape_that_it_was_made_for_are_taken(channels, shape):
+    model = fewshot.conv4(3, side=8, in_channels=channels, channels=2, blocks=2)
+    assert model.apply(model.init(fold_in(0)), torch.rand(6, *shape))[0].shape == (6, 3)
+
+
+class Splits(nn.Module):
+    """Makes two rows of every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.last(x.reshape(-1, 2))
+
+
+def test_outputs_and_labels_of_different_numbers_are_refused():
+    learner = fewshot.maml(Splits())
+    examples = fewshot.Examples(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"outputs \(10, 3\) and labels \(5,\) of an episode"):
+        learner.estimate(learner.init(), fewshot.Episode(examples, examples))
+
+
+def test_labels_that_are_numbers_want_another_loss():
+    learner = fewshot.maml(kit.regression_net())
+    with pytest.raises(TypeError, match=r'integer labels, got torch.float64: give loss="mse"'):
+        learner.estimate(learner.init(), kit.waves(2))
+
+
 def test_dropout_in_train_mode_is_told_the_cure():
     net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
     source, episodes = kit.points(2)
