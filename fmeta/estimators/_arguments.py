@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,10 @@ from fmeta import trees
 from fmeta._functions import check_function
 from fmeta._numbers import check_flag
 from fmeta.distributed._ranks import check_ranks
-from fmeta.estimators._contract import check_sizes
+from fmeta.estimators._contract import Estimator, check_sizes
 from fmeta.optimizer import Optimizer, check_optimizer_type
 
-__all__ = ["check_arguments", "check_state", "checked_seed"]
+__all__ = ["check_arguments", "check_estimator_type", "check_size", "check_state", "checked_seed"]
 
 Check = Callable[[str, Any], None]
 
@@ -36,6 +37,13 @@ def check_arguments(optimizer: Optimizer, **given: Any) -> None:
         _CHECKS[name](name, value)
 
 
+def check_size(name: str, value: Any) -> None:
+    """Raises a ValueError for what is no integer above 0, None included."""
+    if value is None:
+        raise ValueError(f"{name} must be an integer, got None")
+    check_sizes(**{name: value})
+
+
 def checked_seed(seed: Any) -> int:
     """The seed that ``init`` was given, as an integer.
 
@@ -48,6 +56,16 @@ def checked_seed(seed: Any) -> int:
     except TypeError:
         pass
     raise TypeError(f"seed must be an integer, got {seed!r}")
+
+
+def check_estimator_type(value: Any) -> None:
+    """Raises a TypeError that names the cure unless ``value`` is an `Estimator`."""
+    if isinstance(value, Estimator):
+        return
+    cure = "build one with fmeta.estimators, or of two functions Estimator(init, estimate)"
+    if inspect.isfunction(value):
+        cure = f"call the builder: {value.__name__}(...)"
+    raise TypeError(f"estimator must be an Estimator, got {type(value).__name__}: {cure}")
 
 
 def check_state(
@@ -80,12 +98,6 @@ def check_state(
 
 
 _CURE = "give what its own init, or its last estimate, returned"
-
-
-def _size(name: str, value: Any) -> None:
-    if value is None:
-        raise ValueError(f"{name} must be an integer, got None")
-    check_sizes(**{name: value})
 
 
 def _size_or_none(name: str, value: Any) -> None:
@@ -126,7 +138,7 @@ def _meta_loss(*arguments: str) -> Check:
 
 _LOSS = _function("data", "config", "model_params", "batch", "meta_params")
 _CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("horizon", "num_rollouts", "num_tasks", "truncation"), _size),
+    **dict.fromkeys(("horizon", "num_rollouts", "num_tasks", "truncation"), check_size),
     **dict.fromkeys(
         ("chunk_size", "inner_batches", "num_particles", "outer_batches"), _size_or_none
     ),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fmeta import _files
 from fmeta.distributed import broadcast_tree, check_same
 from fmeta.estimators import Estimator
+from fmeta.estimators._arguments import check_estimator_type
 from fmeta.meta_train import _checkpoint
 from fmeta.meta_train._lock import locked
 from fmeta.meta_train._log import StepLog
@@ -127,8 +128,9 @@ def run(
         ImportError: ``tensorboard`` without the package.
         ValueError: options that cannot be meant, meta-parameters without a tensor, an outer
             optimizer that needs more than ``loss`` and ``num_steps``, or ``outer_params`` of
-            another structure or shape than its own.
-        TypeError: ``outer`` is not an `Optimizer`.
+            another structure or shape than its own; later, a ``validate`` that gives no number.
+        TypeError: ``estimator`` is not an `Estimator`, ``outer`` not an `Optimizer`, ``seed`` no
+            integer, ``validate`` or ``on_step`` no function, or one of other arguments.
     """
     settings = Settings(
         outer,
@@ -190,6 +192,7 @@ class _Loop:
     """`run` and `resume` from their arguments on: order, files, interruption."""
 
     def __init__(self, estimator: Estimator, meta_params: Tree, settings: Settings) -> None:
+        check_estimator_type(estimator)
         self.ranks, self.estimator = estimator.ranks, estimator
         if not self.ranks.is_first:  # rank 0 alone reads and writes
             settings = settings._replace(log=None, tensorboard=None, on_step=None)

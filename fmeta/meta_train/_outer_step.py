@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from fmeta import _files, trees
+from fmeta._functions import check_function
 from fmeta._leaves import _listed, _shapes
+from fmeta._numbers import check_real
 from fmeta.estimators import Estimate, Estimator
+from fmeta.estimators._arguments import check_size, checked_seed
 from fmeta.meta_train import _averaging
 from fmeta.meta_train._diverged import describe, diverged_tasks
 from fmeta.meta_train._log import summary_writer
@@ -51,15 +54,26 @@ class Settings(NamedTuple):
                 f"the outer optimizer needs {', '.join(missing)}, which meta-training cannot give: "
                 "choose a rule that needs at most loss and num_steps"
             )
-        for name in ("validate_every", "checkpoint_every", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.patience is not None and (self.patience < 1 or self.validate is None):
-            raise ValueError("patience must be at least 1 and needs validate")
-        if self.averaging is not None and not 0 <= self.averaging < 1:
-            raise ValueError(
-                f"averaging must be a fraction of the outer steps in [0, 1), got {self.averaging}"
-            )
+        checked_seed(self.seed)
+        for name in ("num_steps", "validate_every", "checkpoint_every", "max_skipped"):
+            check_size(name, getattr(self, name))
+        if self.patience is not None:
+            check_size("patience", self.patience)
+            if self.validate is None:
+                raise ValueError("patience counts validations, so it needs validate(meta_params)")
+        if self.averaging is not None:
+            check_real(averaging=self.averaging)
+            if not 0 <= self.averaging < 1:
+                raise ValueError(
+                    "averaging must be a fraction of the outer steps in [0, 1), got "
+                    f"{self.averaging}"
+                )
+        if self.validate is not None:
+            check_function("validate", self.validate, "meta_params")
+        if self.on_step is not None:
+            check_function("on_step", self.on_step, "metrics")
+        if self.about is not None and not isinstance(self.about, Mapping):
+            raise TypeError(f"about must be a dict of plain values, got {self.about!r}")
         if self.select not in ("best", "last"):
             raise ValueError(f'select must be "best" or "last", got {self.select!r}')
         if self.tensorboard is not None:
@@ -105,8 +119,6 @@ class OuterSteps:
     def start(self) -> State:
         s, params = self.settings, self.meta_params
         hidden = self.outer.init_hidden(self.outer_params, params, num_steps=s.num_steps)
-        if s.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {s.num_steps}")
         stream = self.estimator.init(params, s.seed)
         average = _averaging.start(params, s.averaging)
         return State(params, hidden, stream, average, params, math.inf, 0, 0, s.seed, 0, 0)
@@ -180,7 +192,7 @@ class OuterSteps:
             return state, None
         params = self.judged(state)
         # One rank judges, so that all go on from the same value.
-        value = float(self.settings.validate(params)) if self.ranks.is_first else 0.0
+        value = _number(self.settings.validate(params)) if self.ranks.is_first else 0.0
         value = float(self.ranks.broadcast(torch.tensor(value, dtype=torch.float64)))
         if value < state.best_value:  # never true for NaN
             return state._replace(best_params=params, best_value=value, misses=0), value
@@ -198,6 +210,15 @@ def _fitting(given: Tree, outer: Optimizer) -> Tree:
             "of its builder, or learned by fmeta.learn"
         )
     return trees.map(lambda x: x.detach() if isinstance(x, Tensor) else x, given)
+
+
+def _number(value: Any) -> float:
+    """What ``validate`` returned."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if one or isinstance(value, (int, float)):
+        return float(value)
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(f"validate must return a number, got {got}: take the mean of several")
 
 
 def _metrics(step: int, estimate: Estimate) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def test_a_validation_that_is_nan_is_never_the_best():
         ({"patience": 0, "validate": overfit}, "patience must be at least 1"),
         ({"validate_every": 0}, "validate_every must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"num_steps": 0}, "num_steps must be a positive integer"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, word):

@@ -1,6 +1,7 @@
 """The outer loop: what is skipped, averaged and chosen; stopping anywhere changes nothing."""
 
 import contextlib
+import functools
 import json
 import math
 import tempfile
@@ -260,17 +261,53 @@ def test_the_norm_is_of_all_leaves_and_leaves_without_gradient_do_not_count():
     assert torch.equal(result.meta_params["c"], start["c"])
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"averaging": 1.0}, r"averaging must be a fraction .* in \[0, 1\), got 1.0"),
-        ({"averaging": -0.1}, "averaging must be a fraction"),
-        ({"select": "first"}, 'select must be "best" or "last", got \'first\''),
-        ({"max_skipped": 0}, "max_skipped must be at least 1, got 0"),
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused_before_any_work(noisy, tmp_path, options, words):
+# Wrong use
+
+WRONG = [
+    ({"averaging": 1.0}, ValueError, r"averaging must be a fraction .* in \[0, 1\), got 1\.0"),
+    ({"averaging": -0.1}, ValueError, "averaging must be a fraction"),
+    ({"averaging": "half"}, TypeError, "averaging must be a number, got 'half'"),
+    ({"select": "first"}, ValueError, 'select must be "best" or "last", got \'first\''),
+    ({"max_skipped": 0}, ValueError, "max_skipped must be at least 1, got 0"),
+    ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+    ({"num_steps": 2.5}, ValueError, r"num_steps must be an integer, got 2\.5"),
+    ({"validate_every": None}, ValueError, "validate_every must be an integer, got None"),
+    ({"checkpoint_every": "3"}, ValueError, "checkpoint_every must be an integer, got '3'"),
+    ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
+    ({"patience": 2}, ValueError, "patience counts validations, so it needs validate"),
+    ({"seed": 0.5}, TypeError, r"seed must be an integer, got 0\.5"),
+    ({"validate": 3.0}, TypeError, r"validate must be a function.*got 3\.0"),
+    ({"validate": lambda: 3.0}, TypeError, r"called as validate\(meta_params\), but.*takes \(\)"),
+    ({"on_step": lambda step, m: 0}, TypeError, r"on_step\(metrics\), but.*takes \(step, m\)"),
+    ({"about": "digits"}, TypeError, "about must be a dict of plain values, got 'digits'"),
+    ({"outer": fmeta.optimizers.sgd}, TypeError, r"outer must be.*call the builder: sgd\(...\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), WRONG, ids=range(len(WRONG)))
+def test_options_that_cannot_be_meant_are_refused_before_any_work(
+    noisy, tmp_path, options, error, words
+):
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match=words):
-        run(noisy(), W, outer=SGD, num_steps=3, checkpoint_folder=folder, **options)
+    with pytest.raises(error, match=words):
+        run(noisy(), W, **{"outer": SGD, "num_steps": 3, "checkpoint_folder": folder, **options})
     assert not folder.exists()
+
+
+def test_only_estimators_are_meta_trained(tmp_path):
+    for value, words in (
+        (fmeta.estimators.full, r"got function: call the builder: full\(\.\.\.\)"),
+        ("pes", r"got str: build one.*Estimator\(init, estimate\)"),
+    ):
+        for start in (run, functools.partial(resume, tmp_path)):
+            with pytest.raises(TypeError, match=f"estimator must be an Estimator, {words}"):
+                start(value, W, outer=SGD, num_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(torch.ones(3), r"a tensor of shape \(3,\): take the mean"), (None, "None"), ("1", "'1'")],
+)
+def test_a_validation_gives_a_number(noisy, value, got):
+    with pytest.raises(ValueError, match=f"validate must return a number, got {got}"):
+        run(noisy(), W, outer=SGD, num_steps=3, validate=lambda meta_params: value)
