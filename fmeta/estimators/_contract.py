@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._autodiff import check_scalar
+from fmeta._autodiff import check_scalar, is_pulled_back_to
 from fmeta.distributed import Ranks
 from fmeta.tasks import TaskFamily
 
@@ -36,6 +36,9 @@ MetaLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 class Estimate(NamedTuple):
     """A meta-loss, its gradient with respect to the meta-parameters, and what else was seen.
+
+    All are constants in reverse mode: ``loss.backward()`` finds no graph, and `torch.func.grad` of
+    an estimate is refused; ``grads`` is that gradient. `torch.func.jvp` goes through both.
 
     Attributes:
         loss: scalar, over the tasks that did not diverge; NaN when all did.
@@ -168,18 +171,23 @@ def scored(
             raise ValueError("this estimator does not give a meta_loss the configs of its tasks")
         own["config"] = config()
     values = score(losses, evals, t.unsqueeze(-1), horizon.unsqueeze(-1), **own)
-    try:
-        return values.expand_as(losses)
-    except (RuntimeError, AttributeError):
+    # Not what merely broadcasts: a mean over copies is the same for all of them, so that there is
+    # nothing to tell which of them does better.
+    if not isinstance(values, Tensor) or values.shape != losses.shape:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
             f"meta_loss must return a value for each step, of shape {tuple(losses.shape)} (steps, "
-            f"tasks, copies) or one that broadcasts to it, got {got}: do not take the mean in it"
-        ) from None
+            f"tasks, copies) like losses, got {got}: do not take the mean in it"
+        )
+    return values
 
 
 def check_meta_params(meta_params: Any) -> None:
-    """Raises a TypeError that names a leaf that is no floating tensor, a ValueError for none."""
+    """Raises a TypeError that names a leaf that is no floating tensor, a ValueError for none.
+
+    And a ValueError for one to which a `torch.func.grad` around the estimate goes back: estimates
+    are constants in reverse mode, so that it would find zeros.
+    """
     found = trees.leaves(meta_params)
     if not found:
         raise ValueError(
@@ -192,6 +200,13 @@ def check_meta_params(meta_params: Any) -> None:
             raise TypeError(
                 f"the meta-parameter at path {trees.paths(meta_params)[i]} is {kind}, not a "
                 "floating tensor: put what is not learned into `bind`"
+            )
+        if is_pulled_back_to(x):
+            raise ValueError(
+                f"torch.func.grad or vjp of an estimate, with respect to the meta-parameter at path "
+                f"{trees.paths(meta_params)[i]}, would be 0: an estimate is a constant in reverse "
+                "mode. Take its `grads`, which are the gradient of its `loss`, torch.func.jvp for "
+                "derivatives of either, or detach the meta-parameters where a constant is meant"
             )
 
 

@@ -133,6 +133,35 @@ def test_the_config_is_that_of_the_task_at_the_step():
     assert float(found.loss) == pytest.approx(total / 10)
 
 
+MEANS = {
+    "of all": lambda losses: losses.mean(),
+    "over copies": lambda losses: losses.mean(-1, keepdim=True),
+    "over tasks": lambda losses: losses.mean(1, keepdim=True),
+}
+PIECES = {
+    "es": {"truncation": 2, "std": 0.1},
+    "es_single": {"truncation": 2, "std": 0.1},
+    "pes": {"truncation": 2, "std": 0.1},
+    "nres": {"truncation": 2, "std": 0.1},
+    "truncated": {"truncation": 2},
+    "score_function": {"std": 0.1, "num_rollouts": 2},
+}
+
+
+# `truncated` has one copy, so that a mean over copies is none.
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [(n, of) for n in PIECES for of in MEANS if (n, of) != ("truncated", "over copies")],
+)
+def test_a_mean_taken_too_early_is_refused(name, of):
+    """Copies that all get their mean have a gradient of zero."""
+    build = getattr(estimators, name)
+    mean = lambda losses, evals, t, horizon: MEANS[of](losses)
+    estimator = build(RULE, family(), num_tasks=TASKS, horizon=T, meta_loss=mean, **PIECES[name])
+    with pytest.raises(ValueError, match=r"like losses, got \(.*do not take the mean in it"):
+        estimator.estimate(META, estimator.init(META, 0))
+
+
 def test_a_loss_of_zero_has_a_finite_logarithm():
     t = torch.arange(2)
     got = meta_losses.log_ratio(1.0, floor=1e-6)(torch.tensor([0.0, 1.0]), None, t, torch.tensor(2))
