@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta.distributed._ranks import Ranks
+from fmeta._numbers import check_real
+from fmeta.distributed._ranks import Ranks, check_ranks
 
 __all__ = ["all_reduce_mean", "sum_tree"]
 
@@ -33,13 +34,15 @@ def all_reduce_mean(tree: Tree, *, weight: float = 1.0, ranks: Ranks | None = No
     Raises:
         RankLost: another process ended.
         ValueError: a weight below 0.
-        TypeError: a leaf that is no floating tensor.
+        TypeError: a leaf that is no floating tensor, a weight that is no number, no `Ranks`.
 
     Example:
         >>> grads = {"w": torch.ones(2), "frozen": None}
         >>> all_reduce_mean(grads, weight=4)["w"]
         tensor([1., 1.])
     """
+    check_ranks(ranks)
+    check_real(weight=weight)
     if not weight >= 0:
         raise ValueError(f"weight must be at least 0, got {weight}: give the number of tasks")
     for path, x in zip(trees.paths(tree), trees.leaves(tree), strict=True):

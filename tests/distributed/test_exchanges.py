@@ -83,6 +83,10 @@ def test_a_mean_refuses_what_has_none():
         all_reduce_mean({"a": torch.tensor(1)})
     with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
         all_reduce_mean({"a": torch.ones(1)}, weight=-1)
+    with pytest.raises(TypeError, match="weight must be a number, got '4'"):
+        all_reduce_mean({"a": torch.ones(1)}, weight="4")
+    with pytest.raises(TypeError, match=r"ranks must be fmeta\.distributed\.Ranks.*got 2"):
+        all_reduce_mean({"a": torch.ones(1)}, ranks=2)
 
 
 def test_rank_0s_tree_is_handed_out(on_two):
