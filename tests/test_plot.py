@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fmeta import evaluate, optimizers, plot
-from fmeta.plot import _evaluation, _meta_training
+from fmeta.plot import _evaluation, _figure, _meta_training
 from fmeta.random import fold_in
 from fmeta.tasks import TaskFamily
 
@@ -57,6 +58,17 @@ def legend(figure):
 
 def titles(figure):
     return [axis.get_title(loc="left") for axis in figure.axes]
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.1, 4.9), (1.1, 1.4), (0.3, 7.0), (1e-5, 3e4)])
+def test_a_log_axis_has_numbers_whatever_its_range(low, high):
+    axis = Figure().subplots()
+    axis.set_ylim(low, high)
+    _figure.log_scale(axis, "y")
+    axis.set_ylim(low, high)
+    seen = [t for t in axis.get_yticks() if low <= t <= high]
+    assert 2 <= len(seen) <= 10
+    assert [axis.yaxis.get_major_formatter()(t) for t in seen] == [f"{t:g}" for t in seen]
 
 
 def test_a_figure_is_drawn_of_curves_that_diverge_too(tmp_path):

@@ -74,7 +74,7 @@ def draw_curves(
     from fmeta.plot._figure import INK, MUTED, PALETTE, write
 
     episodes = draw(source, [(seed, i) for i in range(rows)], split="test")
-    figure = Figure(figsize=(3.4 * rows, 3.0), layout="constrained")
+    figure = Figure(figsize=(3.4 * rows, 3.3), layout="constrained")
     x = torch.linspace(-5, 5, 201)[:, None]
     for i, axis in enumerate(figure.subplots(1, rows, sharey=True, squeeze=False)[0]):
         support = tuple(t[i] for t in episodes.support)
@@ -100,7 +100,7 @@ def draw_curves(
             axis.plot(x.numpy(), y.numpy(), "--", color=PALETTE[1 + k], lw=1.4, label=name)
         axis.plot(*(t.numpy() for t in support), "^", color=INK, ms=5, label="support")
         axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7)
+    _legend_below(figure, axis, columns=8)
     write(path, figure)
 
 
@@ -115,13 +115,15 @@ def draw_adaptation(
 ) -> None:
     """Accuracy against adaptation steps, also beyond those of meta-training, beside baselines.
 
-    Of a learner that takes no steps a line as well, the first of ``beside``.
+    All scores should be of the same episodes. Of a learner that takes no steps a line as well, the
+    first of ``beside``.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    from fmeta.plot._figure import PALETTE, write
+    from fmeta.plot._figure import PALETTE, log_scale, write
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axis = figure.subplots()
 
     def value(scores: Scores) -> tuple[float, float]:
@@ -137,21 +139,29 @@ def draw_adaptation(
         trained = max((n for n, beyond in steps.items() if not beyond), default=0)
         axis.axvline(trained, color="0.5", lw=1, ls="--", label="steps of meta-training")
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=-0.2)
+        axis.set_xlim(-0.2, 1.25 * max(numbers))
+        axis.set_xticks(numbers, map(str, numbers))
+        axis.xaxis.set_minor_locator(NullLocator())
     for i, (name, scores) in enumerate(beside.items(), 1 if found else 0):
         mean, half = value(scores)
         axis.axhline(mean, color=PALETTE[i % len(PALETTE)], lw=1.4, label=name)
         if not found:
             axis.axhspan(mean - half, mean + half, color=PALETTE[i % len(PALETTE)], alpha=0.2, lw=0)
     axis.set(
-        title=title,
         xlabel="adaptation steps" if found else "this learner takes no adaptation steps",
-        ylabel="mean squared error" if is_loss else "accuracy on queries (band: 95 %)",
+        ylabel=("mean squared error" if is_loss else "accuracy on queries") + " (band: 95 %)",
     )
     if not found:
         axis.set_xticks([])
     if is_loss:
-        axis.set_yscale("log")
+        log_scale(axis, "y")
+    axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8)
+    _legend_below(figure, axis, columns=2)
     write(path, figure)
+
+
+def _legend_below(figure: Any, axis: Any, *, columns: int) -> None:
+    """A legend that covers nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)

@@ -207,13 +207,20 @@ def _test(
         )
     if config.task == "glyphs":
         contact_sheet(folder / "glyphs.png", load_glyphs(config.root))
-    few = max(2, config.test_episodes // 5)
+    # A curve has several points: of a part of the episodes, and so have the lines beside it.
+    few = min(config.test_episodes, max(2, config.test_episodes // 5))
+    drawn = few if has_steps else config.test_episodes
+    of = f"the first {drawn} of {config.test_episodes}" if has_steps else f"{drawn}"
     draw_adaptation(
         folder / "adaptation.png",
         lambda steps: score(learner, result.meta_params, num_steps=steps, num_episodes=few),
         _steps(config, learner, result.meta_params, source),
-        {k: v for k, v in found.items() if not (has_steps and "meta-trained" in k)},
-        title=f"{config.learner} on {source.name}, {episodes_of(source)}",
+        {
+            name: Scores(*(values[:drawn] for values in scores))
+            for name, scores in found.items()
+            if not (has_steps and "meta-trained" in name)
+        },
+        title=f"{config.learner} on {source.name}, {episodes_of(source)}: {of} test episodes",
         is_loss=not source.ways,
     )
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from io import BytesIO
 from pathlib import Path
@@ -34,14 +35,20 @@ def grid_of_axes(panels: int, *, height: float = 3.7) -> tuple[Any, list[Any]]:
 
 
 def log_scale(axis: Any, which: str) -> None:
-    """A log axis with plain numbers at 1, 2 and 5 times the powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """A log axis with plain numbers at 1, 2 and 5 times the powers of ten.
+
+    Where few of these are in sight, at even distances.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
     side = axis.xaxis if which == "x" else axis.yaxis
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
-    wide = low > 0 and high / low > 300
-    side.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    decades = math.log10(high / low) if low > 0 else 1.0
+    if decades < 0.9:
+        side.set_major_locator(MaxNLocator(5))
+    else:
+        side.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)))
     side.set_minor_locator(NullLocator())
     side.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
 

@@ -199,10 +199,10 @@ def test_a_smoke_run_makes_no_number_larger(tmp_path, capsys):
 
 
 def test_images_keep_their_colours_if_asked(images, tmp_path):
-    for name, options, channels in (("grey", [], 1), ("colour", ["--color"], 3)):
-        options = ["--learner", "protonet", "--no-baselines", "--name", name, *options]
-        assert run(images, tmp_path, *options) == 0
-        assert fewshot.load_run(tmp_path / name).source.shape == (channels, 28, 28)
+    assert run(images, tmp_path, "--learner", "protonet", "--no-baselines", "--color") == 0
+    assert fewshot.load_run(tmp_path / "fewshot").source.shape == (3, 28, 28)
+    grey = fewshot.FewShotConfig(task="image_folder", ways=3, root=str(images))
+    assert grey.source().shape == (1, 28, 28)
 
 
 def test_omniglot_is_downloaded_by_one_process(tmp_path, monkeypatch, capsys):
