@@ -20,7 +20,13 @@ from torch.autograd.graph import get_gradient_edge
 from fmeta import trees
 from fmeta._norms import norms_written_out
 
-__all__ = ["grad_and_value", "inside_transform", "is_differentiable", "vjp"]
+__all__ = [
+    "grad_and_value",
+    "inside_transform",
+    "is_differentiable",
+    "is_pulled_back_to",
+    "vjp",
+]
 
 
 _functorch = torch._C._functorch
@@ -50,6 +56,19 @@ def inside_transform() -> bool:
 def is_differentiable(x: Any) -> bool:
     """Whether ``x`` is a tensor of a dtype that has derivatives."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def is_pulled_back_to(x: Tensor) -> bool:
+    """Whether a `torch.func.grad` or `vjp` that is active takes a derivative with respect to x."""
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = {i.level(): i.key() for i in _functorch.get_interpreter_stack()}
+    while _functorch.is_functorch_wrapped_tensor(x):
+        kind = kinds.get(_functorch.maybe_get_level(x))
+        if kind == _functorch.TransformType.Grad and x.requires_grad:
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
 
 
 def grad_and_value(

@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
     """A meta-loss, its gradient with respect to the meta-parameters, and what else was seen.
 
     All are constants in reverse mode: ``loss.backward()`` finds no graph, and `torch.func.grad` of
-    an estimate is refused; ``grads`` is that gradient. `torch.func.jvp` goes through both.
+    an estimate is refused; ``grads`` is that gradient.
 
     Attributes:
         loss: scalar, over the tasks that did not diverge; NaN when all did.
@@ -203,10 +203,10 @@ def check_meta_params(meta_params: Any) -> None:
             )
         if is_pulled_back_to(x):
             raise ValueError(
-                f"torch.func.grad or vjp of an estimate, with respect to the meta-parameter at path "
+                "torch.func.grad or vjp of an estimate, with respect to the meta-parameter at path "
                 f"{trees.paths(meta_params)[i]}, would be 0: an estimate is a constant in reverse "
-                "mode. Take its `grads`, which are the gradient of its `loss`, torch.func.jvp for "
-                "derivatives of either, or detach the meta-parameters where a constant is meant"
+                "mode. Take its `grads`, which are the gradient of its `loss`, or detach the "
+                "meta-parameters where a constant is meant"
             )
 
 

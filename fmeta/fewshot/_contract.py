@@ -57,8 +57,10 @@ class MetaLearner(NamedTuple):
             steps, and refused by others.
         predict: ``predict(adapted, query_x) -> outputs``, ``(n, ways)`` or ``(n, outputs)``.
 
-    Nothing of these records a graph of its own accord: they are functions to be transformed by
-    ``torch.func`` or differentiated, and `fmeta.fewshot.evaluate` does neither.
+    ``adapt`` and ``predict`` record no graph of their own accord: they are functions to be
+    transformed by ``torch.func`` or differentiated, and `fmeta.fewshot.evaluate` does neither. An
+    estimate is a constant in reverse mode, for ``grads`` is the gradient of ``loss``; it can be
+    transformed by `torch.func.vmap`, and its loss by `torch.func.jvp`.
     """
 
     init: Callable[..., Any]

@@ -83,6 +83,28 @@ def test_adapt_and_predict_are_the_pure_functions_that_estimate_differentiates(n
     )
 
 
+@pytest.mark.parametrize("name", ["maml", "imaml", "protonet", "reptile"])
+def test_an_estimate_is_a_constant_in_reverse_mode_and_says_so(name):
+    learner = kit.LEARNERS[name]()
+    meta_params = double(learner.init(fold_in(1)))
+    _, episodes = kit.points(2)
+
+    def loss(meta_params):
+        return learner.estimate(meta_params, episodes).loss
+
+    with pytest.raises(ValueError, match=r"path .*model_params/0.bias, would be 0.*its `grads`"):
+        torch.func.grad(loss)(meta_params)
+
+    def constant(meta_params):
+        return loss(trees.map(torch.Tensor.detach, meta_params))
+
+    assert not any(g.any() for g in trees.leaves(torch.func.grad(constant)(meta_params)))
+    way = trees.map(torch.ones_like, meta_params)
+    up, down = (loss(trees.map(lambda x, s=s: x + s, meta_params)) for s in (1e-6, -1e-6))
+    _, slope = torch.func.jvp(loss, (meta_params,), (way,))
+    torch.testing.assert_close(slope, (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", kit.LEARNERS)
 def test_evaluation_records_no_graph(name):
     learner = kit.LEARNERS[name]()
