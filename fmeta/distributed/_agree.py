@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.distributed._ranks import Ranks
 
-__all__ = ["broadcast_tree", "check_same"]
+__all__ = ["broadcast_tree", "check_alike", "check_same"]
 
 Tree = Any
 
@@ -63,6 +64,48 @@ def check_same(tree: Tree, ranks: Ranks, what: str) -> None:
             "ranks the same arguments, with seeds of their own nowhere; on machines of different "
             "kinds results may differ in the last bits, which several ranks do not allow"
         )
+
+
+def check_alike(tree: Tree, ranks: Ranks, what: str) -> None:
+    """Raises a ValueError on every rank when a tree is not built alike on all.
+
+    Args:
+        tree: of tensors, which may differ in their values, and of other leaves.
+        ranks: who takes part; they exchange 8 bytes each, and where they differ what they have.
+        what: the name of the tree in the message.
+    """
+    if ranks.size == 1:
+        return
+    leaves = dict(zip(trees.paths(tree), map(_kind, trees.leaves(tree)), strict=True))
+    written = json.dumps(list(leaves.items())).encode()
+    short = hashlib.blake2b(written, digest_size=8).digest()
+    row = torch.frombuffer(bytearray(short), dtype=torch.uint8)[None]
+    ones = [1] * ranks.size
+    rows = ranks.gather(row, ones)
+    others = [rank for rank in range(ranks.size) if not rows[rank].equal(rows[0])]
+    if not others:
+        return
+    lengths = ranks.gather(torch.tensor([len(written)]), ones).tolist()
+    row = torch.zeros(1, max(lengths), dtype=torch.uint8)
+    row[0, : len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    texts = ranks.gather(row, ones)
+    first, other = (
+        dict(json.loads(texts[r, : lengths[r]].numpy().tobytes())) for r in (0, others[0])
+    )
+    path = next(
+        (p for p in (*first, *other) if first.get(p) != other.get(p)), next(iter(first), "")
+    )
+    raise ValueError(
+        f"{what} are not alike on all ranks: at path {path} rank {others[0]} of {ranks.size} has "
+        f"{other.get(path, 'no leaf')}, rank 0 has {first.get(path, 'no leaf')}; give trees of "
+        "the same paths, shapes and dtypes on all ranks, on devices of one kind"
+    )
+
+
+def _kind(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return "None" if x is None else f"a {type(x).__name__}"
+    return f"{x.dtype} {tuple(x.shape)} on {x.device.type}"
 
 
 def _checksum(tree: Tree) -> int:

@@ -145,6 +145,24 @@ def same(ranks):
         return str(error)
 
 
+def unlike(ranks):
+    """What each rank is told where trees are not alike, whose mean could not be waited for."""
+    odd, said = not ranks.is_first, {}
+    cases = {
+        "shape": {"a": torch.ones(2), "w": torch.ones(3 + odd)},
+        "key": {"a": torch.ones(2)} | ({} if odd else {"w": torch.ones(3)}),
+        "further key": {"a": torch.ones(2)} | ({"w": torch.ones(3)} if odd else {}),
+        "dtype": {"w": torch.ones(3, dtype=torch.int64 if odd else torch.float32)},
+        "none": {"w": None if odd else torch.ones(3)},
+    }
+    for name, tree in cases.items():
+        try:
+            distributed.all_reduce_mean(tree)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def handed_out(ranks):
     """Rank 0's tree, whatever the others have."""
     if ranks.is_first:
@@ -166,6 +184,7 @@ def everything(ranks, folder):
         "few-shot": few_shot(ranks),
         "without steps": without_steps(ranks),
         "same": same(ranks),
+        "unlike": unlike(ranks),
         "handed out": handed_out(ranks),
         "run": meta_trained(ranks, folder / "run"),
     }

@@ -1,5 +1,7 @@
 """Shares, the mean of a tree, what is handed out and compared; alone, nothing is exchanged."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,6 +89,22 @@ def test_a_mean_refuses_what_has_none():
         all_reduce_mean({"a": torch.ones(1)}, weight="4")
     with pytest.raises(TypeError, match=r"ranks must be fmeta\.distributed\.Ranks.*got 2"):
         all_reduce_mean({"a": torch.ones(1)}, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("case", "other", "first"),
+    [
+        ("shape", r"torch.float32 \(4,\) on cpu", r"torch.float32 \(3,\) on cpu"),
+        ("key", "no leaf", r"torch.float32 \(3,\) on cpu"),
+        ("further key", r"torch.float32 \(3,\) on cpu", "no leaf"),
+        ("dtype", r"torch.int64 \(3,\) on cpu", r"torch.float32 \(3,\) on cpu"),
+        ("none", "None", r"torch.float32 \(3,\) on cpu"),
+    ],
+)
+def test_trees_that_are_not_alike_are_named_on_every_rank(on_two, case, other, first):
+    for found in on_two:
+        said = found["unlike"][case]
+        assert re.search(f"at path w rank 1 of 2 has {other}, rank 0 has {first}; give", said)
 
 
 def test_rank_0s_tree_is_handed_out(on_two):
