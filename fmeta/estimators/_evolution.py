@@ -24,6 +24,7 @@ from fmeta.estimators._contract import (
     last_loss,
     scored,
 )
+from fmeta.estimators._draws import Draws
 from fmeta.estimators._horizons import Horizon
 from fmeta.estimators._mixture import over_families
 from fmeta.estimators._noise import Noise, Perturb, Std
@@ -33,19 +34,9 @@ from fmeta.estimators._perturbations import (
     relative_losses,
     weighted_sums,
 )
-from fmeta.estimators._trainings import (
-    Draws,
-    Stepper,
-    clock_of_all,
-    configs_by_step,
-    drawn_at,
-    gathered,
-    idle,
-    inner_step_at,
-    scattered,
-    trainings_of,
-    without_diverged,
-)
+from fmeta.estimators._plan import clock_of_all, configs_by_step, drawn_at, inner_step_at
+from fmeta.estimators._stepper import Stepper, idle
+from fmeta.estimators._trainings import gathered, scattered, trainings_of, without_diverged
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks

@@ -24,20 +24,12 @@ from fmeta.estimators._contract import (
     last_loss,
     scored,
 )
+from fmeta.estimators._draws import Draws
 from fmeta.estimators._mixture import over_families
+from fmeta.estimators._plan import Plan, configs_by_step, drawn_at, inner_step_at
 from fmeta.estimators._pushed import basis, by_leaf, pushed
-from fmeta.estimators._trainings import (
-    Draws,
-    Plan,
-    Stepper,
-    Trainings,
-    configs_by_step,
-    drawn_at,
-    idle,
-    inner_step_at,
-    trainings_of,
-    without_diverged,
-)
+from fmeta.estimators._stepper import Stepper, idle
+from fmeta.estimators._trainings import Trainings, trainings_of, without_diverged
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import Mixture, TaskFamily
 from fmeta.tasks._family import device_of_tasks

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta.estimators._noise import Name, Noise
-from fmeta.estimators._trainings import Plan
+from fmeta.estimators._plan import Plan
 
 __all__ = ["Perturbations", "Scheme", "perturbations", "relative_losses", "weighted_sums"]
 

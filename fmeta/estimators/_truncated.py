@@ -25,18 +25,14 @@ from fmeta.estimators._contract import (
     last_loss,
     scored,
 )
+from fmeta.estimators._draws import Draws
 from fmeta.estimators._horizons import Horizon
 from fmeta.estimators._mixture import over_families
+from fmeta.estimators._plan import Plan, configs_by_step, drawn_at, inner_step_at
+from fmeta.estimators._stepper import Stepper, idle
 from fmeta.estimators._trainings import (
-    Draws,
-    Plan,
-    Stepper,
     Trainings,
-    configs_by_step,
-    drawn_at,
     gathered,
-    idle,
-    inner_step_at,
     scattered,
     trainings_of,
     without_diverged,

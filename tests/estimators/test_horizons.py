@@ -8,8 +8,9 @@ import torch
 import fmeta
 from fmeta import estimators, optimizers, trees
 from fmeta.estimators import constant, growing, log_uniform
+from fmeta.estimators._draws import Draws
 from fmeta.estimators._horizons import as_horizon
-from fmeta.estimators._trainings import Draws, Trainings
+from fmeta.estimators._trainings import Trainings
 from fmeta.random import fold_in
 from fmeta.tasks import quadratic
 

@@ -10,7 +10,8 @@ from torch.func import grad
 
 import fmeta
 from fmeta import estimators, optimizers, trees
-from fmeta.estimators._trainings import Draws, Trainings
+from fmeta.estimators._draws import Draws
+from fmeta.estimators._trainings import Trainings
 from fmeta.random import fold_in
 from fmeta.tasks import TaskFamily, digits, loss_of_task, mixture, sample_task
 
