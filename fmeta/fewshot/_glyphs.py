@@ -24,7 +24,7 @@ from fmeta.fewshot._source import Source, from_classes
 
 __all__ = ["SCRIPTS", "Glyphs", "contact_sheet", "glyphs", "load_glyphs"]
 
-# Scripts of each split. A bitmap that several scripts have (A, Alpha, the Cyrillic A) is of the
+# Scripts of each split. A character that several scripts have (A, Alpha, the Cyrillic A) is of the
 # first.
 SCRIPTS = {
     "train": ("LATIN", "GREEK"),
@@ -70,6 +70,10 @@ def glyphs(
     More than 1,000 letters that all twelve DejaVu styles have: Latin and Greek to train,
     Cyrillic to validate, Armenian and Georgian to test. Every image is distorted by a seeded affine
     and elastic map and in the width of its strokes, so that pixels alone do not tell.
+
+    Characters with equal bitmaps in half of the styles are one class, of the first script. A few
+    that look alike, though not equal in so many styles, are in two splits: 8 of 120 test classes
+    are within a tenth of their ink of a training class, in half of the styles.
 
     Args:
         ways, shots, queries: of `from_classes`.

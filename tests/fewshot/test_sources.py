@@ -83,7 +83,7 @@ def test_waves_are_sines():
     assert amplitude.max() <= 5 + 1e-3
 
 
-def test_glyphs_of_splits_are_of_different_scripts_and_no_bitmap_is_in_two(cache):
+def test_glyphs_of_splits_are_of_different_scripts_and_no_character_is_in_two(cache):
     found = fewshot.load_glyphs(cache)
     names = {split: {n.split()[0] for n in part.names} for split, part in found.items()}
     assert names == {
@@ -146,6 +146,29 @@ def test_all_glyphs_are_many_and_hard(tmp_path):
         mean, half = scores.accuracy()
         assert mean + half < 0.65
         assert mean - half > 0.3
+
+
+@pytest.mark.slow
+def test_few_glyphs_look_like_a_class_of_training():
+    """As docs/howto/few_shot.md counts them."""
+    fonts, seen = _glyphs._fonts(), _glyphs._Seen()
+    found = {split: [] for split in _glyphs.SCRIPTS}
+    for split, scripts in _glyphs.SCRIPTS.items():
+        for c in sorted(set.intersection(*(set(font.get_charmap()) for font in fonts))):
+            if _glyphs._is_of(c, scripts):
+                images = np.stack([_glyphs._rendered(font, c) for font in fonts])
+                if images.any() and seen.is_new(images):
+                    found[split].append(images.reshape(12, -1).astype(np.int16))
+    train = np.stack(found.pop("train"))
+    alike = {split: 0 for split in found}
+    for split, characters in found.items():
+        for images in characters:
+            apart = np.abs(train - images)
+            assert 2 * (apart.max(-1) == 0).sum(-1).max() < 12
+            near = apart.sum(-1, dtype=np.int64) < 0.1 * images.sum(-1, dtype=np.int64)
+            alike[split] += bool((2 * near.sum(-1) >= 12).any())
+    assert alike == {"validation": 7, "test": 8}
+    assert {split: len(x) for split, x in found.items()} == {"validation": 124, "test": 120}
 
 
 def images_in(folder, classes, each, side=10):
