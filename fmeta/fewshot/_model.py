@@ -89,7 +89,10 @@ def _of_module(module: nn.Module, explicit_statistics: bool) -> Model:
     def apply(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
         return with_stats(params, buffers, x, stats)
 
-    return Model(lambda generator: dict(params), apply, _last_of(list(params)))
+    def init(generator: torch.Generator) -> dict[str, Tensor]:
+        return {name: p.clone() for name, p in params.items()}  # to be changed without harm
+
+    return Model(init, apply, _last_of(list(params)))
 
 
 def _last_of(names: list[str]) -> Callable[[str], bool]:

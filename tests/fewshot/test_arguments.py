@@ -40,6 +40,19 @@ def on_meta(tree):
 
 
 @pytest.mark.parametrize("name", kit.LEARNERS)
+def test_what_init_gives_is_the_callers_own(name):
+    learner = kit.LEARNERS[name]()
+    first = learner.init(fold_in(1))
+    before = trees.map(torch.clone, first)
+    for x in trees.leaves(first):
+        x.add_(1.0)
+        x.requires_grad_()
+    again = learner.init(fold_in(1))
+    torch.testing.assert_close(again, before, rtol=0, atol=0)
+    assert not any(x.requires_grad for x in trees.leaves(again))
+
+
+@pytest.mark.parametrize("name", kit.LEARNERS)
 def test_shapes_are_known_on_the_meta_device(name):
     learner = kit.LEARNERS[name]()
     source, episodes = kit.points(2)
