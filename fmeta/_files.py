@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from fmeta import trees
 
 __all__ = [
     "by_path",
+    "checksum",
     "load_tree",
     "naming",
     "read_json",
@@ -27,6 +29,7 @@ __all__ = [
     "read_tensors",
     "remove_leftovers",
     "save_tree",
+    "tree_of",
     "writable_folder",
     "write_bytes",
     "write_json",
@@ -124,7 +127,17 @@ def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = Fals
         ValueError: no safetensors file, or arrays that are missing, superfluous or of another
             shape or dtype (with their names).
     """
-    tensors = read_tensors(path)
+    return tree_of(path, read_tensors(path), like, any_float=any_float)
+
+
+def tree_of(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    like: Any,
+    *,
+    any_float: bool = False,
+) -> Any:
+    """The tree of the tensors that were read from a file, checked as `load_tree` says."""
     names = list(by_path(like))
     missing = [n for n in names if n not in tensors]
     extra = [n for n in tensors if n not in names]
@@ -145,6 +158,15 @@ def load_tree(path: str | os.PathLike[str], like: Any, *, any_float: bool = Fals
     return trees.unflatten(spec, [tensors[n] for n in names])
 
 
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> int:
+    """CRC-32 of the tensors' bytes, in order of their names, and of a text."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        data: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found = zlib.crc32(data, found)
+    return found
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The strings in the header of a safetensors file."""
     try:
@@ -157,10 +179,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name."""
+    """The tensors of a safetensors file by name, in memory of their own."""
     read_metadata(path)
+    # Mapped ones would hold the file: on a full disk beside the one that replaces it, elsewhere
+    # against its being replaced at all.
     with torch.no_grad():
-        return safetensors.torch.load_file(str(path))
+        return {name: x.clone() for name, x in safetensors.torch.load_file(str(path)).items()}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

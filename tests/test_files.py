@@ -55,6 +55,16 @@ def test_a_file_of_another_tree_is_named_with_its_arrays(tmp_path, like, words):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux tells")
+def test_what_was_read_does_not_hold_the_file(tmp_path):
+    path = tmp_path / "t.safetensors"
+    _files.save_tree(path, TREE)
+    got = _files.load_tree(path, TREE)
+    with open("/proc/self/maps") as maps:
+        assert str(path) not in maps.read()
+    assert torch.equal(got["net"][0], TREE["net"][0])
+
+
 @pytest.mark.parametrize("content", [b"", b"no", b"x" * 1000, None], ids=repr)
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "t.safetensors"

@@ -142,6 +142,17 @@ def test_a_damaged_header_is_named(tmp_path, metadata):
         pretrained.load(path)
 
 
+def test_weights_that_are_not_as_they_were_written_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    pretrained.save(path, "linear", trained("linear"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: its bytes are not those") as error:
+        pretrained.load(path)
+    assert str(path) in str(error.value)
+
+
 def test_a_format_of_the_future_is_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     _files.save_tree(path, trained("linear"), header(format=2))

@@ -35,8 +35,9 @@ def save(path: Path, state: Any, about: Mapping[str, Any]) -> None:
     tensors = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
     numbers = {n: x for n, x in flat.items() if not isinstance(x, Tensor)}
     # One entry: safetensors writes several in any order, and equal states give equal files.
-    header = json.dumps({"format": _FORMAT, "about": dict(about), "numbers": numbers})
-    _files.save_tree(path, tensors, {_KEY: header})
+    header = {"format": _FORMAT, "about": dict(about), "numbers": numbers}
+    header["checksum"] = _files.checksum(tensors, json.dumps(header))
+    _files.save_tree(path, tensors, {_KEY: json.dumps(header)})
 
 
 def load(path: Path, like: Any, about: Mapping[str, Any]) -> Any:
@@ -52,11 +53,12 @@ def load(path: Path, like: Any, about: Mapping[str, Any]) -> Any:
         ValueError: a file that is damaged, of another program, or of another run (naming what
             differs).
     """
-    header = _header(path)
+    header, arrays = _header(path), _files.read_tensors(path)
+    _check_sum(path, header, arrays)
     _check_same(path, header["about"], dict(about))
     spec, flat = trees.flatten(like)[1], _files.by_path(like)
     wanted = {n: x for n, x in flat.items() if isinstance(x, Tensor)}
-    numbers, tensors = header["numbers"], _files.load_tree(path, wanted)
+    numbers, tensors = header["numbers"], _files.tree_of(path, arrays, wanted)
     missing = [n for n in flat if n not in numbers and n not in tensors]
     if missing:
         raise ValueError(
@@ -105,6 +107,16 @@ def _header(path: Path) -> dict[str, Any]:
             "again"
         )
     return dict(header)
+
+
+def _check_sum(path: Path, header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
+    """Raises for bytes that are not those that were written; older files have no sum."""
+    saved = header.pop("checksum", None)
+    if saved is not None and saved != _files.checksum(arrays, json.dumps(header)):
+        raise ValueError(
+            f"{path} is damaged: its bytes are not those that were written; put back a copy of it, "
+            "or delete it and start again"
+        )
 
 
 def _check_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:

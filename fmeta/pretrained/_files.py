@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fmeta import _files, optimizers, trees
 from fmeta.optimizer import Optimizer
@@ -43,13 +45,13 @@ def save(
         if not x.is_floating_point():
             raise ValueError(f"opt_params at path {name} are {x.dtype}: weights are floating")
     try:
-        header = json.dumps(
-            {"format": _FORMAT, "rule": rule_name, "arguments": builder_arguments}, sort_keys=True
-        )
+        header = {"arguments": builder_arguments, "format": _FORMAT, "rule": rule_name}
+        written = json.dumps(header, sort_keys=True)
     except TypeError as error:
         raise ValueError(f"builder arguments must be plain values: {error}") from None
+    header["checksum"] = _files.checksum(_files.by_path(opt_params), written)
     # One entry: safetensors writes several in any order, and equal weights give equal files.
-    _files.save_tree(path, opt_params, {_KEY: header})
+    _files.save_tree(path, opt_params, {_KEY: json.dumps(header, sort_keys=True)})
 
 
 def load(path: Source | Sequence[Source], **builder_arguments: Any) -> tuple[Optimizer, Any]:
@@ -78,7 +80,7 @@ def load(path: Source | Sequence[Source], **builder_arguments: Any) -> tuple[Opt
         ModuleNotFoundError: a name on the hub without the extra ``hub``.
         OSError: a name on the hub that is neither in the cache nor to be had.
         ValueError: no file of tensors, one of another program, or arrays that do not fit the rule
-            (with their names).
+            (with their names), a file that is damaged.
 
     Example:
         >>> import tempfile, fmeta.optimizers
@@ -94,9 +96,10 @@ def load(path: Source | Sequence[Source], **builder_arguments: Any) -> tuple[Opt
             f"{path} holds several files with weights, {', '.join(map(str, files))}: give one"
         )
     if own:
-        rule_name, arguments = _header(own[0])
+        arrays = _files.read_tensors(own[0])
+        rule_name, arguments = _header(own[0], arrays)
         optimizer = _build(rule_name, {**arguments, **builder_arguments})
-        return optimizer, _files.load_tree(own[0], optimizer.init(), any_float=True)
+        return optimizer, _files.tree_of(own[0], arrays, optimizer.init(), any_float=True)
     named = ", ".join(map(str, files))
     arrays = arrays_in(files)
     try:
@@ -130,8 +133,10 @@ def _is_own(path: Path) -> bool:
     return path.suffix not in PICKLED and _KEY in _files.read_metadata(path)
 
 
-def _header(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """The rule's name and arguments, from a file's header."""
+def _header(
+    path: str | os.PathLike[str], arrays: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Any]]:
+    """The rule's name and arguments, from a file's header, which may have a sum of its arrays."""
     metadata = _files.read_metadata(path)
     try:
         header = json.loads(metadata[_KEY])
@@ -143,6 +148,9 @@ def _header(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     rule_name, arguments = header.get("rule"), header.get("arguments")
     if not isinstance(rule_name, str) or not isinstance(arguments, dict):
         raise ValueError(f"{path} has a header that is damaged: {metadata[_KEY]!r}")
+    saved = header.pop("checksum", None)
+    if saved not in (None, _files.checksum(arrays, json.dumps(header, sort_keys=True))):
+        raise ValueError(f"{path} is damaged: its bytes are not those that were written")
     return rule_name, arguments
 
 

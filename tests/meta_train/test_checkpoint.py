@@ -58,6 +58,37 @@ def test_a_truncated_or_foreign_file(saved, noisy, content):
     refused(saved, noisy, "is not a whole safetensors file.*put back a copy of it, or delete it")
 
 
+@pytest.mark.parametrize("at", [-1, -9, 0.5])
+def test_a_byte_that_is_not_as_it_was_written(saved, noisy, at):
+    data = bytearray(saved.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")  # arrays begin here
+    data[at if at < 0 else header + int(at * (len(data) - header))] ^= 0x10
+    saved.write_bytes(data)
+    refused(saved, noisy, "is damaged: its bytes are not those that were written; put back a copy")
+
+
+@pytest.mark.parametrize("before", ['"step": 3', '"linear"'])
+def test_a_number_or_name_that_is_not_as_it_was_written(saved, noisy, before):
+    after = before.replace("3", "2").replace("linear", "lineal")
+    data = saved.read_bytes()
+    escaped = [x.replace('"', '\\"').encode() for x in (before, after)]
+    assert data.count(escaped[0]) == 1
+    saved.write_bytes(data.replace(*escaped))
+    refused(saved, noisy, "is damaged: its bytes are not those that were written; put back a copy")
+
+
+def test_one_without_a_checksum_is_read(saved, noisy):
+    """As versions wrote them that knew none."""
+    with safetensors.safe_open(saved, framework="pt") as file:
+        header = json.loads(file.metadata()["fmeta.meta_train"])
+    del header["checksum"]
+    arrays = safetensors.torch.load(saved.read_bytes())
+    want = arrays["meta_params/w"].clone()
+    safetensors.torch.save_file(arrays, saved, {"fmeta.meta_train": json.dumps(header)})
+    found = resume(saved.parent, noisy(), W, about=ABOUT, **OPTIONS)
+    assert torch.equal(found.meta_params["w"], want)
+
+
 def test_arrays_of_another_program(saved, noisy):
     safetensors.torch.save_file({"layer.weight": torch.ones(2)}, saved, {"format": "pt"})
     refused(saved, noisy, r"is no checkpoint of fmeta\.meta_train: give the folder of one")
