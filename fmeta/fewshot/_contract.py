@@ -45,7 +45,8 @@ class MetaLearner(NamedTuple):
     """Learns from episodes how to learn from a support set, as four pure functions.
 
     Attributes:
-        init: ``init(generator=None) -> meta_params``.
+        init: ``init(generator=None) -> meta_params``; an ``nn.Module`` starts from the weights it
+            has, whatever the generator.
         estimate: ``estimate(meta_params, episodes, progress=1.0, *, share=None) -> Estimate``, of a
             meta-batch; ``progress`` is the part of meta-training that is over, for learners whose
             meta-loss changes on the way, and ``share`` says which of the meta-batch these episodes

@@ -178,7 +178,9 @@ def gradient_based(
     its gradient with respect to where the steps began and to the optimizer's own parameters.
 
     Args:
-        network: an ``nn.Module``, or a `Model` such as `conv4`.
+        network: an ``nn.Module``, or a `Model` such as `conv4`. A module starts from the weights it
+            has, and its frozen parameters (``requires_grad=False``) are constants, neither adapted
+            nor learned.
         optimizer: the inner rule; its ``opt_params`` are learned too.
         num_steps: inner steps.
         loss: ``"cross_entropy"``, ``"mse"``, or a function ``(outputs, y) -> scalar``.

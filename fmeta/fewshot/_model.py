@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fmeta import trees
 from fmeta.fewshot._statistics import explicit
-from fmeta.functional import functionalize
+from fmeta.functional import functionalize, moved
 from fmeta.tasks._networks import Network
 
 __all__ = ["BATCH_NORM", "Model", "as_model", "beside", "check_batch_norm"]
@@ -46,14 +46,15 @@ def as_model(network: Any, batch_norm: str = "transductive") -> Model:
     """A `Model` of one, of a module or of a `Network`.
 
     Args:
-        network: a `Model`; an ``nn.Module``, which starts from the parameters it has and
-            normalises by the statistics of the batch, its running ones put aside; or a network of
-            `fmeta.tasks`.
+        network: a `Model`; an ``nn.Module``, which starts from the parameters it has, whatever the
+            generator, and normalises by the statistics of the batch, its running ones put aside,
+            and whose frozen parameters (``requires_grad=False``) are constants that are neither
+            adapted nor learned; or a network of `fmeta.tasks`.
         batch_norm: with ``"support"`` the statistics of a module are explicit, as those of a
             `Model` are; else torch's own layers work them out, which is faster.
 
     Raises:
-        TypeError: for anything else, a module without parameters included.
+        TypeError: for anything else, a module without parameters that are not frozen included.
         ValueError: an unknown policy.
     """
     check_batch_norm(batch_norm)
@@ -75,24 +76,44 @@ def as_model(network: Any, batch_norm: str = "transductive") -> Model:
 
 
 def _of_module(module: nn.Module, explicit_statistics: bool) -> Model:
+    moving = {name for name, p in module.named_parameters() if p.requires_grad}
     if not any(True for _ in module.parameters()):
         raise TypeError(f"{type(module).__name__} has no parameters: there is nothing to adapt")
+    if not moving:
+        raise TypeError(
+            f"all parameters of {type(module).__name__} are frozen, so that there is nothing to "
+            "adapt: call .requires_grad_() of those that are to move"
+        )
     normalises = any(isinstance(m, _BatchNorm) for m in module.modules())
     if explicit_statistics and normalises:
-        with_stats, params, buffers = explicit(module)
+        with_stats, everything, buffers = explicit(module)
     else:
-        pure, params, buffers = functionalize(module, batch_norm="batch")
+        pure, everything, buffers = functionalize(module, batch_norm="batch")
 
         def with_stats(params: Any, buffers: Any, x: Tensor, stats: Any) -> tuple[Tensor, Any]:
             return pure(params, buffers, x), ()
 
+    params = {name: p for name, p in everything.items() if name in moving}
+    frozen = {name: p for name, p in everything.items() if name not in moving}
+    known = next(iter(params))
+
+    def constants(now: Any) -> dict[str, Tensor]:
+        """What is frozen, where and in which dtype the parameters are now."""
+        if known not in now:  # the module will say what is missing
+            return frozen
+        was, dtype = params[known].dtype, now[known].dtype
+        there = moved(frozen, now[known].device)
+        return {name: p.to(dtype) if p.dtype is was else p for name, p in there.items()}
+
     def apply(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
+        if frozen:
+            params = {**params, **constants(params)}
         return with_stats(params, buffers, x, stats)
 
     def init(generator: torch.Generator) -> dict[str, Tensor]:
         return {name: p.clone() for name, p in params.items()}  # to be changed without harm
 
-    return Model(init, apply, _last_of(list(params)))
+    return Model(init, apply, _last_of(list(everything)))
 
 
 def _last_of(names: list[str]) -> Callable[[str], bool]:
