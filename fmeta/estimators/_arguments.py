@@ -84,8 +84,8 @@ def check_state(
     """
     if not isinstance(state, kind):
         raise TypeError(
-            f"the state is a {type(state).__name__}, but this estimator's are {kind.__name__}: "
-            f"{_CURE}"
+            f"the state is of class {type(state).__name__}, but those of this estimator are "
+            f"{kind.__name__}: {_CURE}"
         )
     if tasks is None:
         return

@@ -196,12 +196,27 @@ def test_seeds_of_mixtures():
 
 
 STATES = [
-    ("full", "pes", TypeError, "EvolutionState, but this estimator's are FreshTasksState"),
-    ("truncated", "pes", TypeError, "EvolutionState, but this estimator's are TruncatedState"),
-    ("online", "truncated", TypeError, "TruncatedState, but this estimator's are OnlineState"),
-    ("pes", "full", TypeError, "FreshTasksState, but this estimator's are EvolutionState"),
-    ("implicit", "truncated", TypeError, "TruncatedState, but this estimator's are FreshTasks"),
-    ("score_function", "full", TypeError, "FreshTasksState, but this est.*ScoreFunctionState"),
+    ("full", "pes", TypeError, r"EvolutionState, but those.* are FreshTasksState"),
+    (
+        "truncated",
+        "pes",
+        TypeError,
+        "EvolutionState, but those.* are TruncatedState",
+    ),
+    (
+        "online",
+        "truncated",
+        TypeError,
+        "TruncatedState, but those.* are OnlineState",
+    ),
+    ("pes", "full", TypeError, r"FreshTasksState, but those.* are EvolutionState"),
+    (
+        "implicit",
+        "truncated",
+        TypeError,
+        "TruncatedState, but those.* are FreshTasks",
+    ),
+    ("score_function", "full", TypeError, r"FreshTasksState, but those.*ScoreFunctionState"),
     ("nres", "pes", ValueError, "another evolution strategy: this one does not sum"),
     ("pes", "nres", ValueError, "another evolution strategy: this one sums"),
 ]
