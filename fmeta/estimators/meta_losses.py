@@ -203,7 +203,8 @@ def _by_step(
         check_function(name, fn, "t", "horizon")
         return lambda seen: fn(seen.t, seen.horizon)
     try:
-        table = torch.as_tensor(given)
+        # Numbers in double precision, for losses may be.
+        table = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(
             f"{name} must be a function, or one number for each t, of shape (T,), got {given!r}"

@@ -162,6 +162,13 @@ def test_a_mean_taken_too_early_is_refused(name, of):
         estimator.estimate(META, estimator.init(META, 0))
 
 
+def test_tables_of_numbers_are_as_exact_as_the_losses():
+    losses, t, horizon = torch.ones(1, **DOUBLE), torch.arange(1), torch.tensor(1)
+    assert float(meta_losses.weighted([0.1])(losses, None, t, horizon)) == 0.1
+    ratio = meta_losses.log_ratio([0.1])(losses, None, t, horizon)
+    assert float(ratio) == pytest.approx(math.log(10), abs=1e-15)
+
+
 def test_a_loss_of_zero_has_a_finite_logarithm():
     t = torch.arange(2)
     got = meta_losses.log_ratio(1.0, floor=1e-6)(torch.tensor([0.0, 1.0]), None, t, torch.tensor(2))
