@@ -13,7 +13,8 @@ from fmeta.cli._evaluate import EvaluateConfig, run_evaluate
 from fmeta.cli._fewshot import fewshot_command
 from fmeta.cli._optimizers import OptimizersConfig, run_optimizers
 from fmeta.cli._plot import PlotConfig, run_plot
-from fmeta.cli._train import is_shown_rank, train_command
+from fmeta.cli._resuming import is_shown_rank
+from fmeta.cli._train import train_command
 
 __all__ = ["main"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from fmeta.cli._progress import progress_of, value_of
-from fmeta.cli._train import is_shown_rank
+from fmeta.cli._resuming import how_to_resume, is_shown_rank, processes
 from fmeta.distributed import RankLost, joined
 from fmeta.fewshot import FewShotConfig, few_shot
 from fmeta.meta_train import read_config
@@ -70,11 +69,12 @@ def run_fewshot(config: FewShotConfig) -> int:
             results = few_shot(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
         if shows:
-            _complain(f"interrupted; {_how_to_resume(config)}")
+            why = "stopped, by hand or because another process ended (torchrun names it); "
+            _complain((why if processes() > 1 else "") + how_to_resume("fewshot", config))
         return 130
     except RankLost as lost:
         if lost.is_told_here:
-            _complain(f"{lost}; {_how_to_resume(config)}")
+            _complain(f"{lost}; {how_to_resume('fewshot', config)}")
         return 1
     except ImportError as error:  # an extra that is not installed
         _complain(str(error))
@@ -86,11 +86,6 @@ def run_fewshot(config: FewShotConfig) -> int:
         f"everything is in {config.out}/{config.name}/ (figures: episodes.png, adaptation.png)"
     )
     return 0
-
-
-def _how_to_resume(config: FewShotConfig) -> str:
-    again = ["fmeta", "fewshot", "--resume", "--out", config.out, "--name", config.name]
-    return "the last complete state is saved, and --resume goes on from there: " + shlex.join(again)
 
 
 def _complain(text: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +13,12 @@ import torch
 import tyro
 
 from fmeta.cli._progress import progress_of, value_of
+from fmeta.cli._resuming import how_to_resume, is_shown_rank, processes, resume_command
 from fmeta.distributed import RankLost, joined
 from fmeta.evaluate import Evaluation
 from fmeta.meta_train import TrainConfig, read_config, train_on_digits
 
-__all__ = ["is_shown_rank", "run_train", "train_command"]
+__all__ = ["run_train", "train_command"]
 
 OnStep = Callable[[dict[str, Any]], None]
 _FEW = 32  # processes up to which evolution strategies exchange scalars
@@ -77,18 +76,18 @@ def run_train(config: TrainConfig) -> int:
     torch.set_num_threads(1)  # these models are small: two take as long, and twice the CPU time
     try:
         # To draw all perturbations on each rank costs more than it saves where ranks are many.
-        redraws = _processes() <= _FEW
+        redraws = processes() <= _FEW
         progress = progress_of(console, checked.num_steps, shows)
         with joined(redraws=redraws) as ranks, progress as (on_step, on_phase):
             results = train_on_digits(config, on_step=on_step, on_phase=on_phase, ranks=ranks)
     except KeyboardInterrupt:
         if shows:
             why = "stopped, by hand or because another process ended (torchrun names it); "
-            _complain((why if _processes() > 1 else "") + _how_to_resume(config))
+            _complain((why if processes() > 1 else "") + how_to_resume("train", config))
         return 130
     except RankLost as lost:
         if lost.is_told_here:
-            _complain(f"{lost}; {_how_to_resume(config)}")
+            _complain(f"{lost}; {how_to_resume('train', config)}")
         return 1
     except FloatingPointError:
         if shows:  # all ranks find it
@@ -97,7 +96,7 @@ def run_train(config: TrainConfig) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(f"{error}; free some space, then: {_resume_command(config)}")
+        _complain(f"{error}; free some space, then: {resume_command('train', config)}")
         return 1
     except ImportError as error:  # an extra that is not installed
         _complain(str(error))
@@ -129,36 +128,6 @@ def _defaults(arguments: Sequence[str]) -> TrainConfig:
             # The folder may have been moved since.
             default = dataclasses.replace(read_config(stored, default), out=out, name=name)
     return default
-
-
-def _how_to_resume(config: TrainConfig) -> str:
-    if not (Path(config.out) / config.name / "config.json").exists():
-        return "interrupted before the run began: nothing is lost, start it again"
-    if _processes() > 1:
-        return (
-            "the last checkpoint is saved, and --resume goes on from there, with any number of "
-            "processes: " + _resume_command(config)
-        )
-    return (
-        "interrupted; the last complete state is saved, and --resume goes on from there: "
-        + _resume_command(config)
-    )
-
-
-def _resume_command(config: TrainConfig) -> str:
-    program = ["fmeta"]
-    if _processes() > 1:
-        program = ["torchrun", "--nproc-per-node", str(_processes()), "-m", "fmeta"]
-    return shlex.join([*program, "train", "--resume", "--out", config.out, "--name", config.name])
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_shown_rank() -> bool:
-    """Whether this is the one process of the job that writes to the terminal."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _complain(text: str) -> None:

@@ -109,9 +109,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(job, "estimator", stopping)
         assert run(images, parts) == 130
-    assert f"fmeta fewshot --resume --out {parts} --name fewshot" in capsys.readouterr().err
+    told = f"state is saved, and --resume goes on from there: fmeta fewshot --resume --out {parts}"
+    assert told in capsys.readouterr().err
     assert main(["fewshot", "--resume", "--out", str(parts)]) == 0
     assert contents(parts) == contents(whole)
+
+
+def test_a_run_that_is_interrupted_before_its_first_state_says_so(tmp_path, monkeypatch, capsys):
+    def interrupted(progress):
+        raise KeyboardInterrupt
+
+    options = ["fewshot", "--smoke", "--root", str(tmp_path / "cache"), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(_glyphs, "_build", interrupted)
+        assert main(options) == 130
+    told = capsys.readouterr().err
+    assert "interrupted before there was anything to save; --resume starts the run: fmeta" in told
+    assert "state is saved" not in told
 
 
 def copied(images, out, *splits):
