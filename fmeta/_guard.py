@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmeta import _autodiff, trees
 
-__all__ = ["probing", "refuse_changing_numbers", "refuse_closures_and_noise"]
+__all__ = ["drawn", "probing", "refuse_changing_numbers", "refuse_closures_and_noise"]
 
 _functorch = torch._C._functorch
 _probing: ContextVar[bool] = ContextVar("_probing", default=False)
@@ -73,13 +73,30 @@ def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> 
     for x in trees.leaves(result):
         if isinstance(x, Tensor) and refuse.traced_outside(x):
             refuse.complain("the function returns", x)
-    changed = any(not torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True))
+    changed = not _all_equal(before, _random_state())
     # Another thread may draw from the global generator at the same time: that is not our noise.
     if changed and noise.seen:
         _restore_random_state(before)
         raise ValueError(_NOISE)
     if _other_random_state() != other_before:
         raise ValueError(_NOISE)
+
+
+def drawn(fn: Callable[[], Any]) -> tuple[Any, bool]:
+    """What ``fn()`` gives, and whether it drew random numbers.
+
+    Only torch's global generators are watched. Where it drew, their state is as it was before.
+    """
+    before = _random_state()
+    result = fn()
+    if _all_equal(before, _random_state()):
+        return result, False
+    noise = _SeesNoise()  # another thread may have drawn: once more, now looking
+    with noise:
+        fn()
+    if noise.seen:
+        _restore_random_state(before)
+    return result, noise.seen
 
 
 def probing() -> bool:
@@ -183,6 +200,10 @@ def _random_state() -> list[Tensor]:
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return states
+
+
+def _all_equal(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _other_random_state() -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["norms_written_out"]
+__all__ = ["norms_written_out", "under_vmap"]
 
 _functorch = torch._C._functorch
 
@@ -29,12 +29,13 @@ def norms_written_out(*, always: bool = False) -> AbstractContextManager[Any]:
     It changes results by rounding, and does nothing where no `vmap` is active, unless ``always``:
     for forward passes whose backward pass is taken below a `vmap` later.
     """
-    if torch.compiler.is_compiling() or not (always or _under_vmap()):
+    if torch.compiler.is_compiling() or not (always or under_vmap()):
         return nullcontext()
     return _WrittenOut()
 
 
-def _under_vmap() -> bool:
+def under_vmap() -> bool:
+    """Whether a `vmap` is among the transforms that are active."""
     if _functorch.peek_interpreter_stack() is None:
         return False
     kinds = (i.key() for i in _functorch.get_interpreter_stack())

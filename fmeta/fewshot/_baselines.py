@@ -16,7 +16,14 @@ from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import gradient_based
 from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import loss_named
-from fmeta.fewshot._meta_batch import Seen, by_gradient, check_episodes, estimate_by, shown
+from fmeta.fewshot._meta_batch import (
+    Seen,
+    by_gradient,
+    check_episodes,
+    estimate_by,
+    shown,
+    without_noise,
+)
 from fmeta.fewshot._model import as_model, beside
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import adam, sgd
@@ -168,7 +175,7 @@ def fine_tune(
         features, _ = features_of(adapted.params, query_x, adapted.stats)
         return affine(adapted.head, "head", features)
 
-    return MetaLearner(init, estimate, adapt, predict)
+    return MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
 
 
 class Memory(NamedTuple):

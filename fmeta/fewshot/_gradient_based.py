@@ -13,7 +13,7 @@ from fmeta._unroll import Run, unroll
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._losses import Loss, loss_named
-from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown
+from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown, without_noise
 from fmeta.fewshot._model import Model, as_model, beside
 from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
@@ -244,8 +244,8 @@ def gradient_based(
     return MetaLearner(
         start_of(model, optimizer),
         estimate_by(piece, **options),
-        inner.adapt,
-        inner.predict,
+        without_noise(inner.adapt),
+        without_noise(inner.predict),
     )
 
 

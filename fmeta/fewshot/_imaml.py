@@ -14,7 +14,7 @@ from fmeta._unroll import unroll
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
-from fmeta.fewshot._meta_batch import Piece, shown
+from fmeta.fewshot._meta_batch import Piece, shown, without_noise
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import sgd
 
@@ -144,4 +144,4 @@ def imaml(
         return piece
 
     learner = gradient_based(network, rule, num_steps=num_steps, estimate=estimate, **options)
-    return learner._replace(adapt=adapt)
+    return learner._replace(adapt=without_noise(adapt))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value, inside_transform
+from fmeta._guard import drawn
+from fmeta._norms import under_vmap
 from fmeta._trace import Traced
 from fmeta.distributed import Share
 from fmeta.estimators import Estimate
@@ -18,7 +22,7 @@ from fmeta.estimators._contract import check_meta_params
 from fmeta.fewshot._contract import Episode, check_examples
 from fmeta.fewshot._losses import accuracy_of
 
-__all__ = ["Seen", "by_gradient", "estimate_by", "over_episodes", "shown"]
+__all__ = ["Seen", "by_gradient", "estimate_by", "over_episodes", "shown", "without_noise"]
 
 Tree = Any
 # piece(meta_params, episode, progress) -> (gradient, (value, Seen)): the part of one episode.
@@ -32,6 +36,10 @@ _BEFORE_RECORDING = 30
 _RECORDINGS = 16
 # Support examples at once of networks that convolve on a CPU: then what they make fits its caches.
 _IN_CACHE = 100
+_NOISE = (
+    "the network or the loss draws random numbers (dropout in train mode?), but what a learner "
+    "gives must be a function of its arguments: call .eval() of the module first"
+)
 
 
 class Seen(NamedTuple):
@@ -141,10 +149,26 @@ def over_episodes(fn: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any
         except RuntimeError as error:
             if "randomness" not in str(error):
                 raise
-            raise ValueError(
-                "the network or the loss draws random numbers (dropout in train mode?), but an "
-                "estimate must be a function of its arguments: call .eval() of the module first"
-            ) from error
+            raise ValueError(_NOISE) from error
+
+    return call
+
+
+def without_noise(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, which refuses to draw random numbers where no `vmap` does so."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **options: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or under_vmap()
+            or _get_current_dispatch_mode() is not None
+        ):
+            return fn(*args, **options)
+        result, noisy = drawn(lambda: fn(*args, **options))
+        if noisy:
+            raise ValueError(_NOISE)
+        return result
 
     return call
 

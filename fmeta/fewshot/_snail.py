@@ -14,7 +14,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, MetaLearner, check_examples
 from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import Loss, loss_named
-from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown
+from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown, without_noise
 from fmeta.fewshot._model import Model, as_model, beside, check_batch_norm
 from fmeta.fewshot._sequence import Block, attention, chain, temporal, to_outputs
 from fmeta.random import fold_in
@@ -165,7 +165,7 @@ def snail(
     estimate = estimate_by(
         by_gradient(meta_loss), chunk_size=chunk_size, record=record, check=check
     )
-    return MetaLearner(init, estimate, adapt, predict)
+    return MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
 
 
 def _reader(

@@ -1,5 +1,7 @@
 """Dtypes and devices follow the parameters; what would be computed wrongly is refused."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -130,13 +132,65 @@ def test_labels_that_are_numbers_want_another_loss():
         learner.estimate(learner.init(), kit.waves(2))
 
 
-def test_dropout_in_train_mode_is_told_the_cure():
-    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+def with_dropout(name):
+    def net(outputs):
+        rates = nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, outputs)
+        return nn.Sequential(*rates).double()
+
+    return {
+        "maml": lambda: (net(3), fewshot.maml),
+        "imaml": lambda: (net(3), fewshot.imaml),
+        "protonet": lambda: (net(5), lambda n: fewshot.protonet(n, 3)),
+        "fine_tune": lambda: (net(5), lambda n: fewshot.fine_tune(n, 3, 8, num_features=5)),
+        "snail": lambda: (
+            net(5),
+            lambda n: fewshot.snail(n, 3, 6, num_features=5, filters=2, attends=((2, 3),)),
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["maml", "imaml", "protonet", "fine_tune", "snail"])
+def test_dropout_in_train_mode_is_told_the_cure(name):
+    net, build = with_dropout(name)
     source, episodes = kit.points(2)
-    learner = fewshot.maml(net)
-    with pytest.raises(ValueError, match=r"dropout in train mode.*call \.eval\(\)"):
-        learner.estimate(learner.init(), episodes)
-    with pytest.raises(ValueError, match=r"call \.eval\(\)"):
-        fewshot.evaluate(learner, learner.init(), source, num_episodes=2)
-    calm = fewshot.maml(net.eval())
-    assert calm.estimate(calm.init(), episodes).loss.isfinite()
+    support, query, _ = kit.one(episodes, 0)
+    learner = build(net)
+    meta_params = learner.init()
+    before = torch.get_rng_state()
+    message = r"dropout in train mode.*call \.eval\(\)"
+    with pytest.raises(ValueError, match=message):
+        learner.estimate(meta_params, episodes)
+    with pytest.raises(ValueError, match=message):
+        fewshot.evaluate(learner, meta_params, source, num_episodes=2)
+    with pytest.raises(ValueError, match=message):
+        learner.adapt(meta_params, support)
+    with pytest.raises(ValueError, match=message):
+        torch.func.jvp(lambda x: learner.adapt(meta_params, (x, support.y))[0], *[(support.x,)] * 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    calm = build(net.eval())
+    adapted = calm.adapt(meta_params, support)
+    assert calm.estimate(meta_params, episodes).loss.isfinite()
+    calm.predict(adapted, query.x)
+    with pytest.raises(ValueError, match=message):
+        learner.predict(adapted, query.x)
+
+
+def test_what_another_thread_draws_is_not_the_networks_noise():
+    """Its numbers move the same global generator."""
+    learner = fewshot.maml(kit.classifier(), loss=lambda outputs, y: outputs.square().mean())
+    _, episodes = kit.points(1)
+    drawn = []
+
+    def loss_beside_a_thread(outputs, y):
+        if not drawn:
+            thread = threading.Thread(target=lambda: drawn.append(torch.rand(())))
+            thread.start()
+            thread.join()
+        return outputs.square().mean()
+
+    beside = fewshot.maml(kit.classifier(), loss=loss_beside_a_thread)
+    support = kit.one(episodes, 0).support
+    found, want = (x.adapt(x.init(), support).params for x in (beside, learner))
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert drawn
