@@ -7,9 +7,9 @@ from typing import Any
 
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._gradient_based import gradient_based
+from fmeta.fewshot._inner_rule import inner_rule
 from fmeta.fewshot._model import as_model
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers import sgd
 
 __all__ = ["anil"]
 
@@ -17,7 +17,7 @@ __all__ = ["anil"]
 def anil(
     network: Any,
     *,
-    lr: float = 0.1,
+    lr: float | None = None,
     optimizer: Optimizer | None = None,
     head: Callable[[str], bool] | None = None,
     **options: Any,
@@ -40,5 +40,5 @@ def anil(
         Raghu et al., "Rapid learning or feature reuse?" (1909.09157), section 4.
     """
     model = as_model(network, options.get("batch_norm", "transductive"))
-    rule = sgd(lr) if optimizer is None else optimizer
+    rule = inner_rule(lr, optimizer)
     return gradient_based(model, rule, adapts=head or model.is_head, **options)

@@ -14,9 +14,9 @@ from fmeta._unroll import unroll
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
+from fmeta.fewshot._inner_rule import inner_rule
 from fmeta.fewshot._meta_batch import Piece, shown, without_noise
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers import sgd
 
 __all__ = ["imaml"]
 
@@ -26,7 +26,7 @@ Tree = Any
 def imaml(
     network: Any,
     *,
-    lr: float = 0.1,
+    lr: float | None = None,
     optimizer: Optimizer | None = None,
     num_steps: int = 10,
     proximal: float = 1.0,
@@ -64,7 +64,7 @@ def imaml(
     refused = {"first_order", "checkpoint", "mixed_mode", "step_weights"} & set(options)
     if refused:
         raise ValueError(f"imaml takes no derivative of inner steps: leave out {min(refused)}")
-    rule = sgd(lr) if optimizer is None else optimizer
+    rule = inner_rule(lr, optimizer)
     held: list[Inner] = []
 
     def near(inner: Inner) -> Any:

@@ -13,10 +13,10 @@ from fmeta import trees
 from fmeta._norms import norms_written_out
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner
 from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
+from fmeta.fewshot._inner_rule import inner_rule
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, shown
 from fmeta.fewshot._model import Model
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers import sgd
 
 __all__ = ["curvature_log_det", "llama"]
 
@@ -26,7 +26,7 @@ Tree = Any
 def llama(
     network: Any,
     *,
-    lr: float = 0.1,
+    lr: float | None = None,
     optimizer: Optimizer | None = None,
     eta: float = 1e-3,
     precision: float = 1.0,
@@ -79,7 +79,7 @@ def llama(
 
         return by_gradient(meta_loss)
 
-    rule = sgd(lr) if optimizer is None else optimizer
+    rule = inner_rule(lr, optimizer)
     return gradient_based(network, rule, estimate=estimate, **options)
 
 

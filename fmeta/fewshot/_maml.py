@@ -6,25 +6,28 @@ from typing import Any
 
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._gradient_based import gradient_based
+from fmeta.fewshot._inner_rule import inner_rule
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers import sgd
 
 __all__ = ["first_order_maml", "maml"]
 
 
 def maml(
-    network: Any, *, lr: float = 0.1, optimizer: Optimizer | None = None, **options: Any
+    network: Any, *, lr: float | None = None, optimizer: Optimizer | None = None, **options: Any
 ) -> MetaLearner:
     """MAML: the gradient of the query loss through the inner steps, second derivatives included.
 
     Args:
         network: an ``nn.Module``, or a `Model` such as `conv4`.
-        lr: rate of the inner gradient descent.
-        optimizer: another inner rule in its place.
+        lr: rate of the inner gradient descent; None: 0.1.
+        optimizer: another inner rule in its place, which has rates of its own.
         **options: of `gradient_based`: ``num_steps``, ``loss``, ``batch_norm``, ``checkpoint``, ...
 
     Returns:
         A `MetaLearner`.
+
+    Raises:
+        ValueError: both ``lr`` and ``optimizer``, and what `gradient_based` refuses.
 
     Example:
         >>> import torch, fmeta
@@ -38,11 +41,11 @@ def maml(
     Reference:
         Finn, Abbeel, Levine: "Model-agnostic meta-learning" (1703.03400), algorithm 1.
     """
-    return gradient_based(network, sgd(lr) if optimizer is None else optimizer, **options)
+    return gradient_based(network, inner_rule(lr, optimizer), **options)
 
 
 def first_order_maml(
-    network: Any, *, lr: float = 0.1, optimizer: Optimizer | None = None, **options: Any
+    network: Any, *, lr: float | None = None, optimizer: Optimizer | None = None, **options: Any
 ) -> MetaLearner:
     """MAML without second derivatives: the gradients that enter the inner steps are constants.
 

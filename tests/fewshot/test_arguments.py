@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmeta import fewshot, trees
+from fmeta import fewshot, optimizers, trees
 from fmeta.random import fold_in
 
 from . import kit
@@ -194,3 +194,13 @@ def test_what_another_thread_draws_is_not_the_networks_noise():
     found, want = (x.adapt(x.init(), support).params for x in (beside, learner))
     torch.testing.assert_close(found, want, rtol=0, atol=0)
     assert drawn
+
+
+@pytest.mark.parametrize("name", ["maml", "first_order_maml", "anil", "imaml", "llama"])
+def test_a_rate_that_another_rule_would_ignore_is_refused(name):
+    build = getattr(fewshot, name)
+    with pytest.raises(ValueError, match=r"lr is the rate of gradient descent.*give one of them"):
+        build(kit.classifier(), lr=5.0, optimizer=optimizers.adam())
+    _, episodes = kit.points(2)
+    default, given = build(kit.classifier()), build(kit.classifier(), lr=0.1)
+    assert torch.equal(*(x.estimate(x.init(), episodes).loss for x in (default, given)))
