@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    if labels.is_floating_point():
+    if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"cross_entropy wants integer labels, got {labels.dtype}: give "
             'loss="mse" for targets that are numbers, y.long() for labels'
@@ -26,7 +26,16 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
             f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of an episode do not "
             "belong together: a network must give a row (n, ways) for each of n labels (n,)"
         )
-    return cross_entropy(outputs, labels)
+    try:
+        return cross_entropy(outputs, labels)
+    except RuntimeError as error:  # below transforms no value can be looked at
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(
+            f"an episode has labels y that are not from 0 to {outputs.shape[1] - 1}, of which the "
+            f"network has an output each ({error}): number the classes of an episode from 0, and "
+            "give the network as many outputs as there are ways"
+        ) from None
 
 
 def _mse(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -108,3 +108,23 @@ def test_fewer_outputs_than_ways_are_refused():
     source, _ = kit.points(ways=5)
     with pytest.raises(ValueError, match="gives 3 outputs, but episodes of classes have 5 ways"):
         fewshot.evaluate(learner, learner.init(), source, num_episodes=2)
+
+
+@pytest.mark.parametrize("name", ["maml", "anil", "imaml", "llama", "reptile", "meta_lstm"])
+@pytest.mark.parametrize("change", [1, -1])
+def test_labels_that_a_network_has_no_output_for_are_told(name, change):
+    learner = kit.LEARNERS[name]()
+    _, (support, query, classes) = kit.points(2)
+    support = support._replace(y=support.y + change)
+    message = r"labels y that are not from 0 to 2, .*: number the classes of an episode from 0"
+    with pytest.raises(ValueError, match=message):
+        learner.estimate(learner.init(), fewshot.Episode(support, query, classes))
+    with pytest.raises(ValueError, match=message):
+        learner.adapt(learner.init(), (support.x[0], support.y[0]))
+
+
+def test_labels_of_few_bits_are_told_the_cure():
+    learner = fewshot.maml(kit.classifier())
+    _, (support, _, _) = kit.points(1)
+    with pytest.raises(TypeError, match=r"integer labels, got torch.uint8.*y\.long\(\)"):
+        learner.adapt(learner.init(), (support.x[0], support.y[0].to(torch.uint8)))
