@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._source import Source, from_classes
 
 __all__ = ["image_folder", "omniglot"]
@@ -48,6 +49,7 @@ def image_folder(
         ValueError: of `from_classes`; a file that is no image, or whose numbers have no known
             range.
     """
+    check_sizes(side=side)
     root = Path(root)
     images = {
         split: _read(root / split, side, color) for split in SPLIT_NAMES if (root / split).is_dir()
@@ -96,6 +98,7 @@ def omniglot(
         Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic
         program induction" (Science 2015).
     """
+    check_sizes(side=side)
     base = Path(root) / "omniglot-py"
     parts = {name: base / f"images_{name}" for name in ("background", "evaluation")}
     if download and not all(p.is_dir() for p in parts.values()):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples
 from fmeta.fewshot._source import Source
 
@@ -26,14 +27,12 @@ def sinusoid(shots: int = 10, queries: int = 10) -> Source:
         A `Source` of inputs ``(points, 1)`` and targets ``(points, 1)``.
 
     Raises:
-        ValueError: numbers below 1.
+        ValueError: numbers that are no integers above 0.
 
     Reference:
         Finn, Abbeel, Levine: "Model-agnostic meta-learning" (1703.03400), section 5.1.
     """
-    for what, value in (("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
+    check_sizes(shots=shots, queries=queries)
 
     def sample(generator: torch.Generator, split: str = "train") -> Episode:
         amplitude, phase = torch.rand(2, generator=generator)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples
 from fmeta.fewshot._labels import check_labels
 from fmeta.random import fold_in
@@ -111,11 +112,12 @@ def from_classes(
         examples are in mixed order.
 
     Raises:
-        ValueError: numbers below 1, fewer classes than ways, or fewer instances than are needed.
+        TypeError: ``images`` that are not tensors by split.
+        ValueError: numbers that are no integers above 0, unknown splits, splits of different
+            shapes, fewer classes than ways, or fewer instances than are needed.
     """
-    for what, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
+    check_sizes(ways=ways, shots=shots, queries=queries)
+    _check_images(images)
     for split, x in images.items():
         if len(x) < ways:
             raise ValueError(f"split {split} has {len(x)} classes, too few for {ways} ways")
@@ -150,6 +152,30 @@ def from_classes(
 
     counts = {split: len(x) for split, x in images.items()}
     return Source(sample, ways, shots, queries, shape, name, counts)
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Mapping) or not images:
+        raise TypeError(
+            "images must be tensors by split, {'train': images, 'test': images}, got "
+            + ("none" if isinstance(images, Mapping) else f"a {type(images).__name__}")
+        )
+    for split, x in images.items():
+        check_split(split)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"images of split {split} must be a tensor, got a {type(x).__name__}: arrays of "
+                "NumPy become one by torch.from_numpy"
+            )
+        if x.ndim < 2:
+            raise ValueError(
+                f"images of split {split} must be (classes, instances, *shape), got shape "
+                f"{tuple(x.shape)}"
+            )
+    shapes = {split: tuple(x.shape[2:]) for split, x in images.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{split} {shape}" for split, shape in shapes.items())
+        raise ValueError(f"images of all splits must have one shape, got {listed}")
 
 
 def _unit(images: Tensor) -> Tensor:

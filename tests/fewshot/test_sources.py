@@ -55,6 +55,8 @@ def test_episodes_of_classes_have_what_was_asked_for():
         ({"ways": 9}, "8 classes, too few for 9 ways"),
         ({"shots": 10}, "too few for 10 shots and 3 queries"),
         ({"queries": 0}, "queries must be at least 1"),
+        ({"shots": 1.5}, "shots must be an integer, got 1.5"),
+        ({"ways": True}, "ways must be an integer, got True"),
     ],
     ids=str,
 )
@@ -62,6 +64,32 @@ def test_what_cannot_be_drawn_is_refused(change, message):
     images = {"train": torch.zeros(8, 12, 2)}
     with pytest.raises(ValueError, match=message):
         fewshot.from_classes(images, **{"ways": 3, "shots": 2, "queries": 3, **change})
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ({}, TypeError, r"\{'train': images, 'test': images\}, got none"),
+        (torch.zeros(8, 12, 2), TypeError, "tensors by split.*, got a Tensor"),
+        ({"train": np.zeros((8, 12, 2))}, TypeError, "split train .* a ndarray: .*from_numpy"),
+        ({"train": torch.zeros(8)}, ValueError, r"must be \(classes, inst.* got shape \(8,\)"),
+        ({"training": torch.zeros(8, 12, 2)}, ValueError, "unknown split 'training'"),
+        (
+            {"train": torch.zeros(8, 12, 2), "test": torch.zeros(8, 12, 3)},
+            ValueError,
+            r"one shape, got train \(2,\), test \(3,\)",
+        ),
+    ],
+    ids=str,
+)
+def test_what_are_no_images_by_split_is_told(images, error, message):
+    with pytest.raises(error, match=message):
+        fewshot.from_classes(images, ways=3, shots=2, queries=3)
+
+
+def test_points_of_a_wave_are_whole_numbers():
+    with pytest.raises(ValueError, match=r"shots must be an integer, got 1\.5"):
+        fewshot.sinusoid(1.5)
 
 
 def test_a_split_that_is_not_there_is_named():
