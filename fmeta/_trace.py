@@ -108,6 +108,8 @@ class Traced:
             return trees.unflatten(out_spec, replay(*flat))
 
     def _record(self, flat: list[Tensor], spec: Any) -> tuple[Any, Any]:
+        if any(x.is_meta for x in flat):  # without values nothing tells a right recording
+            return None, None
         out: list[Any] = []
 
         def flat_fn(*flat: Tensor) -> list[Tensor]:

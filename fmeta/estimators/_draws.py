@@ -9,7 +9,7 @@ import torch
 
 from fmeta import trees
 from fmeta.estimators._horizons import Horizon, as_horizon
-from fmeta.estimators._plan import Plan, Start, by_step, concatenated
+from fmeta.estimators._plan import Clock, Plan, Start, by_step, concatenated
 from fmeta.estimators._trainings import Trainings
 from fmeta.random import fold_in
 from fmeta.tasks import TaskFamily, sample_batches, sample_task, stack_tasks
@@ -72,8 +72,12 @@ class Draws:
 
     def plan(self, seed: int, step: int, now: Trainings, device: torch.device | None) -> Plan:
         """What happens in estimate ``step``, whose trainings begin as ``now``."""
-        configs = trees.map(lambda x: x.cpu(), now.config)
-        clock = zip(now.t.tolist(), now.horizon.tolist(), now.drawn.tolist(), strict=True)
+        if now.t.is_meta:  # without values nothing tells who is where: all begin anew
+            configs: Any = now.config
+            clock: Any = [(0, 0, (seed, step, i, 0)) for i in self.indices]
+        else:
+            configs = trees.map(lambda x: x.cpu(), now.config)
+            clock = zip(now.t.tolist(), now.horizon.tolist(), now.drawn.tolist(), strict=True)
         starts: dict[int, list[tuple[int, Piece]]] = {}
         batches, evals, ticks, names, seen = [], [], [], [], []
         for i, (t, horizon, drawn) in enumerate(clock):
@@ -81,28 +85,31 @@ class Draws:
             pieces = list(
                 self._pieces((seed, step, self.indices[i]), t, horizon, tuple(drawn), config)
             )
-            k, times, named = 0, [], []
+            k, when, who = 0, [], []
             for piece in pieces:
                 if piece.is_new:
                     starts.setdefault(k, []).append((i, piece))
                 for j in range(piece.length):
-                    times.append((piece.is_new and j == 0, piece.t + j, piece.horizon))
-                    named.append(piece.drawn)
+                    when.append((piece.is_new and j == 0, piece.t + j, piece.horizon))
+                    who.append(piece.drawn)
                 k += piece.length
-            ticks.append(times)
-            names.append(named)
+            ticks.append(when)
+            names.append(who)
             seen.append([(p.length, p.config) for p in pieces])
             batches.append(concatenated([p.batches for p in pieces]))
             evals.append(concatenated([p.eval_batches for p in pieces]))
-        is_new, when, horizons = torch.tensor(ticks, device=device).permute(2, 1, 0)
+        times = torch.tensor(ticks).permute(2, 1, 0)
+        named = torch.tensor(names).movedim(1, 0)
+        is_new, t_of, horizons = times.to(device)
         return Plan(
             [_start(k, starts[k], device) for k in sorted(starts)],
             by_step(stack_tasks(batches, device)),
             by_step(stack_tasks(evals, device)),
             is_new.bool(),
-            when,
+            t_of,
             horizons,
-            torch.tensor(names, device=device).movedim(1, 0),
+            named.to(device),
+            Clock(times[0].bool().tolist(), times[1].tolist(), named.tolist()),
             seen,
         )
 

@@ -202,7 +202,8 @@ def _of_family(
                 return trees.map(copied, meta_params, found.eps)
 
             row = found.row[:, mine] if redraws else found.row
-            edges = [k for k in found.edges[1:] if not row[k].equal(row[k - 1])]
+            table = [rows[mine] for rows in found.table] if redraws else found.table
+            edges = [k for k in found.edges[1:] if table[k] != table[k - 1]]
             later = {k: partial(perturbed, k) for k in edges}
             after, losses, evals = stepper.run(perturbed(0), now, plan, later)
             config = partial(configs_by_step, plan)

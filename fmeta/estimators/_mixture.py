@@ -112,7 +112,7 @@ def _mean(estimates: list[Estimate]) -> Estimate:
     errors = [e.metrics["standard_error"] for e in estimates]
     error = total(*[(w * x).square() for w, x in zip(weights, errors, strict=True)]).sqrt()
     device = loss.device
-    sizes = torch.tensor([len(e.metrics["diverged"]) for e in estimates], device=device)
+    sizes = [len(e.metrics["diverged"]) for e in estimates]
     metrics: dict[str, Any] = {
         name: torch.cat([e.metrics[name] for e in estimates])
         for name in _BY_TASK
@@ -121,7 +121,8 @@ def _mean(estimates: list[Estimate]) -> Estimate:
     # (tasks, T), or (K, tasks, copies).
     losses = [e.metrics["losses"] for e in estimates]
     metrics["losses"] = torch.cat(losses, losses[0].ndim - 2)
-    metrics["family"] = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
+    of_tasks = [i for i, n in enumerate(sizes) for _ in range(n)]
+    metrics["family"] = torch.tensor(of_tasks, device=device)
     metrics["standard_error"] = error
     metrics["signal_to_noise"] = squared_norm(grads).sqrt() / error
     return Estimate(loss, grads, metrics)

@@ -40,6 +40,8 @@ class Noise:
     def __init__(self, std: Std, perturb: Perturb | None = None) -> None:
         self.std, self.perturb = std, perturb
         for path, x in zip(trees.paths(std), trees.leaves(std), strict=True):
+            if isinstance(x, Tensor) and x.is_meta:
+                continue
             values = x.flatten().tolist() if isinstance(x, Tensor) else [x]
             for value in values:
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -57,6 +59,8 @@ class Noise:
             eps = self.perturb(meta_params, name[1], name[2])
             trees.match(meta_params, eps, "what perturb returned", allow_none=False)
             return eps
+        if all(x.is_meta for x in trees.leaves(meta_params)):
+            return trees.map(torch.empty_like, meta_params)
         generator = fold_in(*name)
 
         def normal(x: Tensor, std: float | Tensor) -> Tensor:

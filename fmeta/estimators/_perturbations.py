@@ -45,12 +45,14 @@ class Perturbations(NamedTuple):
 
     Attributes:
         row: which of them each step of each task has, ``(K, tasks)``.
+        table: the same in Python.
         task: the task of each, ``(rows,)``; the first rows are those of step 0, in order.
         edges: the steps with which new ones begin.
         eps, xi: like the meta-parameters with leading dimension ``(rows,)``.
     """
 
     row: Tensor
+    table: list[list[int]]
     task: Tensor
     edges: list[int]
     eps: Tree
@@ -79,7 +81,7 @@ def perturbations(
         before: ``xi`` after the estimate before, ``(tasks, ...)``; not looked at unless the
             scheme accumulates.
     """
-    is_new, t, drawn = plan.is_new.tolist(), plan.t.tolist(), plan.drawn.tolist()
+    is_new, t, drawn = plan.clock
     names: list[Name] = []
     tasks: list[int] = []
     parents: list[int | None] = []  # the row whose sum goes on; None where a training begins
@@ -98,7 +100,12 @@ def perturbations(
     eps = noise.stacked(meta_params, names)
     device = plan.t.device
     found = Perturbations(
-        torch.tensor(table, device=device), torch.tensor(tasks, device=device), edges, eps, eps
+        torch.tensor(table, device=device),
+        table,
+        torch.tensor(tasks, device=device),
+        edges,
+        eps,
+        eps,
     )
     if not scheme.accumulates:
         return found

@@ -12,6 +12,7 @@ from fmeta.distributed import Share
 from fmeta.tasks import stack_tasks
 
 __all__ = [
+    "Clock",
     "Plan",
     "Start",
     "by_step",
@@ -35,6 +36,18 @@ class Start(NamedTuple):
     horizon: Tensor
 
 
+class Clock(NamedTuple):
+    """Which step of which training a task is at, in Python: nothing need come from a device.
+
+    Attributes:
+        is_new, t, drawn: as in `Plan`.
+    """
+
+    is_new: list[list[bool]]
+    t: list[list[int]]
+    drawn: list[list[list[int]]]
+
+
 class Plan(NamedTuple):
     """All that a truncation of K steps needs to know beforehand.
 
@@ -44,6 +57,7 @@ class Plan(NamedTuple):
         is_new: whether a task's training begins with step k, ``(K, tasks)``.
         t, horizon: of step k, ``(K, tasks)``.
         drawn: the integers of the task at step k, ``(K, tasks, 4)``.
+        clock: three of these in Python.
         configs: of each task the trainings in turn, with the number of their steps.
     """
 
@@ -54,6 +68,7 @@ class Plan(NamedTuple):
     t: Tensor
     horizon: Tensor
     drawn: Tensor
+    clock: Clock
     configs: list[list[tuple[int, Any]]]
 
 
@@ -81,7 +96,7 @@ def configs_by_step(plan: Plan) -> Tree:
 def clock_of_all(share: Share, plan: Plan) -> Plan:
     """The plan with which step of which training the tasks of all ranks are at.
 
-    Those are ``is_new``, ``t`` and ``drawn``; all else stays that of this rank's tasks.
+    Those are ``is_new``, ``t``, ``drawn`` and ``clock``; all else stays that of this rank's tasks.
     """
     if share.ranks.size == 1:
         return plan
@@ -91,7 +106,8 @@ def clock_of_all(share: Share, plan: Plan) -> Plan:
     is_new, t, estimate, start = trees.map(lambda x: x.movedim(0, 1), share.gather(rows))
     task = torch.arange(share.total, device=t.device).expand(t.shape)
     drawn = torch.stack([seed[..., 0].expand(t.shape), estimate, task, start], -1)
-    return plan._replace(is_new=is_new, t=t.to(plan.t.dtype), drawn=drawn)
+    clock = Clock(is_new.tolist(), t.tolist(), drawn.tolist())
+    return plan._replace(is_new=is_new, t=t.to(plan.t.dtype), drawn=drawn, clock=clock)
 
 
 def by_step(batches: Tree) -> Tree:
