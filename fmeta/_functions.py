@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 __all__ = ["check_function"]
@@ -23,7 +24,7 @@ def check_function(name: str, fn: Any, *arguments: str, keywords: tuple[str, ...
     called = f"{name}({', '.join([*arguments, *(f'{key}=' for key in keywords)])})"
     if not callable(fn):
         raise TypeError(f"{name} must be a function, called as {called}, got {fn!r}")
-    if inspect.isfunction(fn) and fn.__module__ in _OF_BUILDERS:
+    if _is_builder(fn):
         raise TypeError(
             f"{name} is the builder {fn.__name__} itself, not what it builds: call it, as "
             f"{name}={fn.__name__}({', '.join(_required(fn))})"
@@ -39,6 +40,12 @@ def check_function(name: str, fn: Any, *arguments: str, keywords: tuple[str, ...
         raise TypeError(
             f"{name} is called as {called}, but what was given takes {takes}: let it take these"
         ) from None
+
+
+def _is_builder(fn: Any) -> bool:
+    if not inspect.isfunction(fn) or fn.__module__ not in _OF_BUILDERS:
+        return False
+    return getattr(sys.modules[fn.__module__], fn.__name__, None) is fn
 
 
 def _required(fn: Any) -> list[str]:

@@ -197,25 +197,10 @@ def test_seeds_of_mixtures():
 
 STATES = [
     ("full", "pes", TypeError, r"EvolutionState, but those.* are FreshTasksState"),
-    (
-        "truncated",
-        "pes",
-        TypeError,
-        "EvolutionState, but those.* are TruncatedState",
-    ),
-    (
-        "online",
-        "truncated",
-        TypeError,
-        "TruncatedState, but those.* are OnlineState",
-    ),
+    ("truncated", "pes", TypeError, r"EvolutionState, but those.* are TruncatedState"),
+    ("online", "truncated", TypeError, r"TruncatedState, but those.* are OnlineState"),
     ("pes", "full", TypeError, r"FreshTasksState, but those.* are EvolutionState"),
-    (
-        "implicit",
-        "truncated",
-        TypeError,
-        "TruncatedState, but those.* are FreshTasks",
-    ),
+    ("implicit", "truncated", TypeError, r"TruncatedState, but those.* are FreshTasks"),
     ("score_function", "full", TypeError, r"FreshTasksState, but those.*ScoreFunctionState"),
     ("nres", "pes", ValueError, "another evolution strategy: this one does not sum"),
     ("pes", "nres", ValueError, "another evolution strategy: this one sums"),
