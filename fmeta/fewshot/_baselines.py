@@ -25,6 +25,7 @@ from fmeta.fewshot._meta_batch import (
     without_noise,
 )
 from fmeta.fewshot._model import as_model, beside
+from fmeta.fewshot._parts import with_parts
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers import adam, sgd
 from fmeta.random import fold_in
@@ -175,7 +176,8 @@ def fine_tune(
         features, _ = features_of(adapted.params, query_x, adapted.stats)
         return affine(adapted.head, "head", features)
 
-    return MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
+    learner = MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
+    return with_parts(learner, adapt=["model_params"])
 
 
 class Memory(NamedTuple):

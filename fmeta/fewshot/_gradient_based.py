@@ -15,6 +15,7 @@ from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_exampl
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown, without_noise
 from fmeta.fewshot._model import Model, as_model, beside
+from fmeta.fewshot._parts import with_parts
 from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
 
@@ -241,11 +242,13 @@ def gradient_based(
         options["at"] = lambda progress: step_weights(progress, num_steps)
     else:
         piece = by_gradient(_after_the_last(inner))
-    return MetaLearner(
-        start_of(model, optimizer),
-        estimate_by(piece, **options),
-        without_noise(inner.adapt),
-        without_noise(inner.predict),
+    return with_parts(
+        MetaLearner(
+            start_of(model, optimizer),
+            estimate_by(piece, **options),
+            without_noise(inner.adapt),
+            without_noise(inner.predict),
+        )
     )
 
 

@@ -16,6 +16,7 @@ from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_exampl
 from fmeta.fewshot._gradient_based import Adapted, Inner, gradient_based
 from fmeta.fewshot._inner_rule import inner_rule
 from fmeta.fewshot._meta_batch import Piece, shown, without_noise
+from fmeta.fewshot._parts import with_parts
 from fmeta.optimizer import Optimizer
 
 __all__ = ["imaml"]
@@ -144,4 +145,4 @@ def imaml(
         return piece
 
     learner = gradient_based(network, rule, num_steps=num_steps, estimate=estimate, **options)
-    return learner._replace(adapt=without_noise(adapt))
+    return with_parts(learner._replace(adapt=without_noise(adapt)))

@@ -13,6 +13,7 @@ from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown, without_noise
 from fmeta.fewshot._model import as_model
+from fmeta.fewshot._parts import with_parts
 from fmeta.random import fold_in
 
 __all__ = ["Prototypes", "protonet", "prototypes_of"]
@@ -93,7 +94,7 @@ def protonet(
         check_labels(episodes.query.y, ways, "the query sets")
 
     estimate = estimate_by(by_gradient(meta_loss), chunk_size=chunk_size, check=check)
-    return MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
+    return with_parts(MetaLearner(init, estimate, without_noise(adapt), without_noise(predict)))
 
 
 def prototypes_of(features: Tensor, y: Tensor, ways: int) -> Tensor:

@@ -16,6 +16,7 @@ from fmeta.fewshot._labels import check_labels
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Seen, by_gradient, estimate_by, shown, without_noise
 from fmeta.fewshot._model import Model, as_model, beside, check_batch_norm
+from fmeta.fewshot._parts import with_parts
 from fmeta.fewshot._sequence import Block, attention, chain, temporal, to_outputs
 from fmeta.random import fold_in
 
@@ -165,7 +166,7 @@ def snail(
     estimate = estimate_by(
         by_gradient(meta_loss), chunk_size=chunk_size, record=record, check=check
     )
-    return MetaLearner(init, estimate, without_noise(adapt), without_noise(predict))
+    return with_parts(MetaLearner(init, estimate, without_noise(adapt), without_noise(predict)))
 
 
 def _reader(
