@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ from fmeta._rnn import make_pure
 __all__ = ["activations", "functionalize", "layer_activity", "loss_of", "moved"]
 
 Tensors = dict[str, Tensor]
+
+_SWITCHING = threading.RLock()
 
 
 def functionalize(
@@ -91,6 +94,9 @@ def functionalize(
     attends = not stock or any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
     # The switch costs some microseconds a call; torch's own layers are known not to need it.
     fused_off = partial(sdpa_kernel, SDPBackend.MATH) if attends else nullcontext
+    # functional_call puts the tensors into the module for as long as it runs, the switch holds for
+    # the whole process: one thread at a time.
+    lock = _SWITCHING if attends else threading.RLock()
 
     def apply(params: Tensors, buffers: Tensors, /, *args: Any, **kwargs: Any) -> Any:
         _check(params, param_shapes, "params", label)
@@ -100,7 +106,7 @@ def functionalize(
         tensors = {alias: given[name] for alias, name in aliases.items()}
         # torch's own layers change no parameter, and those that change a buffer were refused.
         before = [] if stock else [_version(t) for t in given.values()]
-        with fused_off():
+        with nullcontext() if torch.compiler.is_compiling() else lock, fused_off():
             out = functional_call(skeleton, tensors, args, kwargs, tie_weights=False, strict=strict)
         for (name, tensor), version in zip(given.items(), before, strict=False):
             if _version(tensor) != version:

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -494,3 +495,14 @@ def test_the_buffers_of_a_loss_follow_the_parameters():
     moved = {name: p.to("meta") for name, p in params.items()}
     assert loss_fn(moved, (x.to("meta"), x.to("meta"))).is_meta
     assert not loss_fn(params, (x, x)).is_meta
+
+
+def test_threads_may_share_a_function():
+    net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 3))
+    apply, params, buffers = functionalize(net)
+    x = torch.ones(200, 64)
+    many = [{name: (i + 1) * p for name, p in params.items()} for i in range(4)]
+    want = [apply(p, buffers, x) for p in many]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: apply(many[i % 4], buffers, x), range(400)))
+    assert all(torch.equal(out, want[i % 4]) for i, out in enumerate(got))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +54,7 @@ def evaluate(
     num_steps: int | None = None,
     loss: str | Loss = "cross_entropy",
     batch_size: int = 50,
+    num_threads: int = 1,
 ) -> Scores:
     """Adapts to each of many episodes and scores its predictions; no graph is recorded.
 
@@ -64,6 +68,7 @@ def evaluate(
         num_steps: of ``adapt``, other than in meta-training; None: the learner's own.
         loss: as of `gradient_based`.
         batch_size: episodes worked on together; no effect on the result but by rounding.
+        num_threads: threads that work on a batch each; no effect on the result.
 
     Returns:
         `Scores`.
@@ -71,7 +76,7 @@ def evaluate(
     Raises:
         ValueError: numbers below 1, a split that the source has not, fewer outputs than ways.
     """
-    check_sizes(num_episodes=num_episodes, batch_size=batch_size)
+    check_sizes(num_episodes=num_episodes, batch_size=batch_size, num_threads=num_threads)
     score = loss_named(loss)
     options = {} if num_steps is None else {"num_steps": num_steps}
     like = likeness(meta_params)
@@ -88,14 +93,29 @@ def evaluate(
             )
         return score(outputs, query.y), accuracy_of(outputs, query.y)
 
-    found = []
-    with torch.no_grad():
-        for start in range(0, num_episodes, batch_size):
-            rows = [(seed, i) for i in range(start, min(start + batch_size, num_episodes))]
+    def batch(start: int) -> tuple[Tensor, Tensor]:
+        rows = [(seed, i) for i in range(start, min(start + batch_size, num_episodes))]
+        with torch.no_grad():  # each thread has a mode of its own
             episodes = draw(source, rows, split=split, **like)
-            found.append(over_episodes(one)(episodes.support, episodes.query))
+            values: tuple[Tensor, Tensor] = over_episodes(one)(episodes.support, episodes.query)
+        return values
+
+    found = _by_threads(batch, range(0, num_episodes, batch_size), num_threads)
     losses, accuracies = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Scores(losses, accuracies)
+
+
+def _by_threads(fn: Callable[[int], Any], items: Iterable[int], num_threads: int) -> list[Any]:
+    """``[fn(x) for x in items]``, in order."""
+    if num_threads == 1:
+        return [fn(x) for x in items]
+    # A new thread would use as many of its own as there are cores.
+    within = functools.partial(torch.set_num_threads, torch.get_num_threads())
+    pool = ThreadPoolExecutor(num_threads, initializer=within)
+    try:
+        return list(pool.map(fn, items))
+    finally:  # after an error or Ctrl-C what has not begun is left out
+        pool.shutdown(cancel_futures=True)
 
 
 def _interval(values: Tensor) -> tuple[float, float]:

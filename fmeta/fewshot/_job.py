@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def _test(
             num_episodes=options.pop("num_episodes", config.test_episodes),
             seed=config.seed + _TEST,
             loss=config.loss,
-            batch_size=25,
+            batch_size=10,
+            num_threads=_cores(),
             **options,
         )
 
@@ -237,6 +239,12 @@ def _test(
             "skipped": result.skipped,
         },
     }
+
+
+def _cores() -> int:
+    """Those this process may use, a few at most: each works on episodes of its own in memory."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(8, len(usable(0)) if usable else os.cpu_count() or 1)
 
 
 # A learner, meta-parameters for it, and the rate it was tuned to.

@@ -119,6 +119,9 @@ def test_evaluation_records_no_graph(name):
     assert half > 0
     once = fewshot.evaluate(learner, meta_params, source, num_episodes=5, batch_size=5)
     torch.testing.assert_close(scores.losses, once.losses)
+    threads = {"num_threads": 3, "batch_size": 2}
+    beside = fewshot.evaluate(learner, meta_params, source, num_episodes=5, **threads)
+    assert torch.equal(beside.losses, scores.losses)
 
 
 @pytest.mark.parametrize("name", kit.OF_STEPS)
