@@ -91,7 +91,7 @@ def inner_step(
             that do not match (with the path).
     """
     check_optimizer_type(optimizer, "optimizer")
-    _check_modes(recompute, mixed_mode)
+    check_modes(recompute, mixed_mode)
     run = _step(optimizer, loss_fn, _order(first_order), mixed_mode, recompute)
     default_args = checked_args(loss_args, "loss_args")
 
@@ -268,7 +268,7 @@ def unroll(
             f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
             "takes no second derivative that mixed mode could make cheaper; drop one of the two"
         )
-    _check_modes(recompute, mixed_mode)
+    check_modes(recompute, mixed_mode)
     if eval_loss_fn is not None and eval_batches is None:
         raise ValueError("eval_loss_fn is given without eval_batches: give both")
     computed = extras if callable(extras) else None
@@ -346,7 +346,8 @@ def _recomputed_update(optimizer: Optimizer) -> Callable[..., Any]:
     return update
 
 
-def _check_modes(recompute: Any, mixed_mode: Any) -> None:
+def check_modes(recompute: Any, mixed_mode: Any) -> None:
+    """Raises a ValueError for options of `unroll` that are unknown or do not go together."""
     if not isinstance(mixed_mode, bool) and mixed_mode != "keep_gradients":
         raise ValueError(f'mixed_mode must be False, True or "keep_gradients", got {mixed_mode!r}')
     if recompute not in (None, "gradient", "rule", "both"):

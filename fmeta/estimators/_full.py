@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fmeta._autodiff import check_scalar, grad_and_value
-from fmeta._unroll import Run, unroll
+from fmeta._unroll import Run, check_modes, unroll
 from fmeta.distributed import Ranks
 from fmeta.estimators._arguments import check_arguments
 from fmeta.estimators._contract import (
@@ -39,6 +39,7 @@ def full(
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
     mixed_mode: bool | str = False,
+    recompute: str | None = None,
     chunk_size: int | None = None,
     ranks: Ranks | None = None,
 ) -> Estimator:
@@ -61,7 +62,7 @@ def full(
         eval_split: the split of the family's data from which one batch is evaluated after each
             inner step (``"validation"``: learn to generalise, not only to fit); None: none.
             ``"train"`` evaluates each batch after the step on it.
-        first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
+        first_order, checkpoint, mixed_mode, recompute: as in `fmeta.unroll`.
         chunk_size: tasks that are worked on together, as in `torch.vmap`; None: all. Values are
             the same up to rounding; less memory, and convolutions are often faster by 8.
         ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone.
@@ -74,12 +75,14 @@ def full(
     Raises:
         ValueError: ``num_tasks``, ``horizon`` or ``chunk_size`` below 1; an optimizer that needs
             what the family's ``extras`` do not give; fewer tasks than families; an ``inner_loss``
-            that nothing else judges; later, a ``meta_loss`` that is no scalar, a start of another
+            that nothing else judges; a ``mixed_mode`` or ``recompute`` that is unknown, or both of
+            the gradient; later, a ``meta_loss`` that is no scalar, a start of another
             shape than the family's.
         TypeError: no optimizer, no family, no function (or one of other arguments); later, a
             meta-parameter that is no floating tensor, a seed that is no integer, a state of another
             estimator.
     """
+    check_modes(recompute, mixed_mode)
     return over_whole_trainings(
         grad_and_value,
         optimizer,
@@ -95,6 +98,7 @@ def full(
         first_order=first_order,
         checkpoint=checkpoint,
         mixed_mode=mixed_mode,
+        recompute=recompute,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
+from fmeta._unroll import check_modes
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_steps, by_unroll
 from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
@@ -80,6 +81,7 @@ def truncated(
     first_order: bool | str = False,
     checkpoint: str | int | None = None,
     mixed_mode: bool | str = False,
+    recompute: str | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
     ranks: Ranks | None = None,
@@ -112,11 +114,11 @@ def truncated(
             They do it by beginning at a later t (a multiple of K, with models that are fresh all
             the same), as in google/learned_optimization: a ``meta_loss`` that depends on t sees
             late steps of untrained models in the first estimates. False: all begin at 0.
-        first_order, checkpoint, mixed_mode: as in `fmeta.unroll`.
+        first_order, checkpoint, mixed_mode, recompute: as in `fmeta.unroll`.
         chunk_size: tasks whose steps are made together, as in `torch.vmap`; None: all.
         compile: the inner step and its derivative are recorded and compiled, once for each family
             (and again in each process), after a minute or more; equal to rounding only. For pure
-            functions of tensors; not with ``checkpoint`` or ``mixed_mode``.
+            functions of tensors; not with ``checkpoint``, ``mixed_mode`` or ``recompute``.
         ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone.
 
     Returns:
@@ -126,9 +128,10 @@ def truncated(
 
     Raises:
         ValueError: numbers below 1, an optimizer that needs what the family's ``extras`` do not
-            give, fewer tasks than families, ``compile`` with ``checkpoint`` or ``mixed_mode``;
-            later, a ``meta_loss`` or a start of another shape, a state of other trainings, and
-            options that `fmeta.unroll` refuses.
+            give, fewer tasks than families, ``compile`` with ``checkpoint``, ``mixed_mode`` or
+            ``recompute``, one of the latter two that is unknown, or both of the gradient; later, a
+            ``meta_loss`` or a start of another shape, a state of other trainings, and options that
+            `fmeta.unroll` refuses.
         TypeError: no optimizer, no family, no function (or one of other arguments), no flag; later,
             a meta-parameter that is no floating tensor, a seed that is no integer, a state of
             another estimator.
@@ -149,8 +152,11 @@ def truncated(
         compile=compile,
         ranks=ranks,
     )
-    if compile and (checkpoint is not None or mixed_mode):
-        raise ValueError("compile=True goes with neither checkpoint nor mixed_mode: leave one out")
+    check_modes(recompute, mixed_mode)
+    if compile and (checkpoint is not None or mixed_mode or recompute is not None):
+        raise ValueError(
+            "compile=True goes with neither checkpoint nor mixed_mode nor recompute: leave one out"
+        )
 
     def build(family: TaskFamily, share: Share) -> Estimator:
         common: Any = {
@@ -161,9 +167,12 @@ def truncated(
         if compile:
             advance = by_steps(optimizer, family, **common, compile=True, differentiated=True)
         else:
-            advance = by_unroll(
-                optimizer, family, **common, checkpoint=checkpoint, mixed_mode=mixed_mode
-            )
+            options: Any = {
+                "checkpoint": checkpoint,
+                "mixed_mode": mixed_mode,
+                "recompute": recompute,
+            }
+            advance = by_unroll(optimizer, family, **common, **options)
         stepper = Stepper(optimizer, bind or bind_opt_params, advance)
         mine = share.worked_on
         draws = Draws(

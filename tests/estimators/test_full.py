@@ -71,7 +71,14 @@ def mean_of(fn):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"checkpoint": "sqrt"}, {"checkpoint": 2}, {"mixed_mode": True}],
+    [
+        {},
+        {"checkpoint": "sqrt"},
+        {"checkpoint": 2},
+        {"mixed_mode": True},
+        {"recompute": "both"},
+        {"recompute": "rule", "mixed_mode": True},
+    ],
     ids=str,
 )
 def test_it_is_the_gradient_of_unroll(options):
@@ -305,3 +312,43 @@ def test_a_mixture_is_the_weighted_mean_of_its_parts():
 def test_what_a_rule_needs_beside_loss_and_horizon_is_refused_by_name():
     with pytest.raises(ValueError, match="this optimizer needs activations, noise"):
         estimate(rule=RULE._replace(needs=frozenset({"loss", "noise", "activations"})))
+
+
+@pytest.mark.parametrize("build", [estimators.full, estimators.truncated])
+def test_what_is_recomputed_is_run_again(build):
+    calls = []
+
+    def loss(*args):
+        calls.append(1)
+        return FAMILY.loss(*args)
+
+    def evaluations(**options):
+        own = {"truncation": T} if build is estimators.truncated else {}
+        estimator = build(
+            RULE, FAMILY._replace(loss=loss), num_tasks=2, horizon=T, **own, **options
+        )
+        state = estimator.init(META, 0)
+        calls.clear()
+        estimator.estimate(META, state)
+        return len(calls)
+
+    # Again in the backward pass, but for the first step, whose gradient does not depend on META;
+    # and the look at the first step beforehand.
+    assert evaluations() == T
+    assert evaluations(recompute="rule") == T + 1
+    assert evaluations(recompute="gradient") == 2 * T
+
+
+@pytest.mark.parametrize("build", [estimators.full, estimators.truncated])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recompute": "all"}, 'recompute must be None, "gradient", "rule" or "both", got'),
+        ({"mixed_mode": True, "recompute": "both"}, "cannot be combined with recompute='both'"),
+        ({"mixed_mode": "keep"}, "mixed_mode must be False, True or"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_as_it_is_built(build, options, words):
+    own = {"truncation": T} if build is estimators.truncated else {}
+    with pytest.raises(ValueError, match=words):
+        build(RULE, FAMILY, num_tasks=2, horizon=T, **own, **options)

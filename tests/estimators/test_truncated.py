@@ -71,6 +71,8 @@ def mean_of(fn, drawn):
         {"checkpoint": "sqrt"},
         {"checkpoint": 2},
         {"mixed_mode": True},
+        {"recompute": "both"},
+        {"recompute": "gradient", "checkpoint": "sqrt"},
         {"chunk_size": 2},
         {"eval_split": "validation"},
     ],
@@ -294,7 +296,9 @@ def test_compiled_estimates_are_equal_to_rounding():
     close([x.grads for x in got], [x.grads for x in want])
 
 
-@pytest.mark.parametrize("options", [{"checkpoint": "sqrt"}, {"mixed_mode": True}])
+@pytest.mark.parametrize(
+    "options", [{"checkpoint": "sqrt"}, {"mixed_mode": True}, {"recompute": "rule"}]
+)
 def test_compiled_steps_are_not_checkpointed(options):
-    with pytest.raises(ValueError, match="neither checkpoint nor mixed_mode"):
+    with pytest.raises(ValueError, match="neither checkpoint nor mixed_mode nor recompute"):
         build(compile=True, **options)
