@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._memory import keep_freed_memory
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
@@ -77,6 +78,7 @@ def evaluate(
         ValueError: numbers below 1, a split that the source has not, fewer outputs than ways.
     """
     check_sizes(num_episodes=num_episodes, batch_size=batch_size, num_threads=num_threads)
+    keep_freed_memory()
     score = loss_named(loss)
     options = {} if num_steps is None else {"num_steps": num_steps}
     like = likeness(meta_params)

@@ -14,6 +14,7 @@ from fmeta import trees
 from fmeta._autodiff import grad_and_value, inside_transform
 from fmeta._guard import drawn
 from fmeta._norms import under_vmap
+from fmeta._memory import keep_freed_memory
 from fmeta._trace import Traced
 from fmeta.distributed import Share
 from fmeta.estimators import Estimate
@@ -113,6 +114,7 @@ def estimate_by(
         *,
         share: Share | None = None,
     ) -> Estimate:
+        keep_freed_memory()
         check_meta_params(meta_params)
         episodes = check_episodes(episodes)
         if check is not None:
