@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fmeta import trees
 from fmeta._autodiff import grad_and_value, inside_transform
 from fmeta._guard import drawn
-from fmeta._norms import under_vmap
 from fmeta._memory import keep_freed_memory
+from fmeta._norms import under_vmap
 from fmeta._trace import Traced
 from fmeta.distributed import Share
 from fmeta.estimators import Estimate
