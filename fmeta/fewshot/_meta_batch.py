@@ -98,13 +98,20 @@ def estimate_by(
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
         return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
 
+    def all_of_it(meta_params: Tree, episodes: Episode, progress: Tensor) -> Estimate:
+        parts, rest = together(meta_params, episodes, progress)
+        return _mean(parts, rest)
+
     if compile and not record:
         raise ValueError("compile=True compiles what was recorded: leave record=False out")
-    recorded = Traced(
-        together,
-        compile=compile,
-        after=0 if compile else _BEFORE_RECORDING,
-        most=None if compile else _RECORDINGS,
+    recorded, recorded_whole = (
+        Traced(
+            fn,
+            compile=compile,
+            after=0 if compile else _BEFORE_RECORDING,
+            most=None if compile else _RECORDINGS,
+        )
+        for fn in (together, all_of_it)
     )
 
     def estimate(
@@ -122,23 +129,30 @@ def estimate_by(
         given = {"meta_params": meta_params, "episodes": episodes}
         trees.common_device(given, "meta-parameters and episodes", "move them to one")
         run: Callable[..., Any] = together
+        whole: Callable[..., Estimate] = all_of_it
         if record and _is_plain(meta_params, episodes):
-            run = recorded  # which holds for one layout in memory
+            run, whole = recorded, recorded_whole  # which hold for one layout in memory
             meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
         size = chunk_size or _size_in_cache(meta_params, episodes)
+        chunks = _chunks(episodes, size)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             now = at(progress)
-            found = [run(meta_params, chunk, now) for chunk in _chunks(episodes, size)]
-            parts, (values, seen) = (
-                trees.map(lambda *xs: torch.cat(xs), *found) if len(found) > 1 else found[0]
-            )
-            bad = torch.full(values.shape, -1, device=values.device)
-            if seen.losses.shape[1]:
-                bad = first_bad_step(seen.losses.T.unsqueeze(-1))
-            metrics = {"losses": seen.losses, "accuracy": seen.accuracy}
-            return mean_over_tasks(values, parts, bad, metrics, share=share)
+            if len(chunks) == 1 and (share is None or share.ranks.size == 1):
+                return whole(meta_params, episodes, now)
+            found = [run(meta_params, chunk, now) for chunk in chunks]
+            parts, rest = trees.map(lambda *xs: torch.cat(xs), *found)
+            return _mean(parts, rest, share)
 
     return estimate
+
+
+def _mean(parts: Tree, rest: tuple[Tensor, Seen], share: Share | None = None) -> Estimate:
+    values, seen = rest
+    bad = torch.full(values.shape, -1, device=values.device)
+    if seen.losses.shape[1]:
+        bad = first_bad_step(seen.losses.T.unsqueeze(-1))
+    metrics = {"losses": seen.losses, "accuracy": seen.accuracy}
+    return mean_over_tasks(values, parts, bad, metrics, share=share)
 
 
 def over_episodes(fn: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
