@@ -23,6 +23,7 @@ _MODEL = {"vocabulary": 256, "width": 64, "blocks": 2}
 SHAPES: dict[str, dict[str, int]] = {
     "many tokens": {**_MODEL, "length": 64, "batch": 16, "steps": 64},
     "a large batch": {**_MODEL, "length": 64, "batch": 128, "steps": 144},
+    "a wider model": {**_MODEL, "width": 128, "length": 64, "batch": 128, "steps": 100},
     "long sequences": {**_MODEL, "length": 256, "batch": 2, "steps": 36},
     "few tokens": {**_MODEL, "width": 128, "length": 32, "batch": 2, "steps": 64},
 }
@@ -94,10 +95,10 @@ def measure(shape: str, variant: str, quick: bool = False) -> dict[str, Any]:
 def compare(in_process: Callable[..., dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
     """All variants on the first shape, fewer on the others; prints a table."""
     results, rows = [], []
-    for shape in SHAPES:
+    for shape, sizes in SHAPES.items():
         variants = [v for v in VARIANTS if shape == "many tokens" or not v.endswith("blocks")]
         seconds: dict[str, list[float]] = {v: [] for v in variants}
-        rounds = 1 if quick or shape == "a large batch" else ROUNDS
+        rounds = 1 if quick or sizes["batch"] > 16 else ROUNDS
         for _ in range(rounds):  # so that a busy hour is busy for all
             for variant in variants:
                 seconds[variant].append(
