@@ -83,7 +83,11 @@ def protonet(
 
     def predict(adapted: Prototypes, query_x: Tensor) -> Tensor:
         features, _ = model.apply(adapted.params, query_x, adapted.stats)
-        return -(features[:, None] - adapted.means).square().sum(-1)
+        # Infinity minus anything has no derivative: it is put in after the distances.
+        gone = adapted.means.isinf().any(-1)
+        means = adapted.means.masked_fill(gone[:, None], 0)
+        logits = -(features[:, None] - means).square().sum(-1)
+        return logits.masked_fill(gone, -torch.inf)
 
     def meta_loss(meta_params: Tree, episode: Episode, progress: Any) -> tuple[Tensor, Seen]:
         outputs = predict(adapt(meta_params, episode.support), episode.query.x)

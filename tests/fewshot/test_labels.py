@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from fmeta import fewshot, trees
 
@@ -65,6 +66,33 @@ def test_a_class_without_example_has_no_prototype():
     found = torch.vmap(probabilities)(few[0][None], few[1][None])[0]
     assert (found[:, 1] == 0).all()
     assert found.isfinite().all()
+
+
+def test_derivatives_are_finite_where_a_class_has_no_example():
+    """They are those of a learner of the other classes alone: infinity has none itself."""
+    network = kit.classifier(outputs=5)
+    learner, fewer = (fewshot.protonet(network, ways) for ways in (kit.WAYS, kit.WAYS - 1))
+    meta_params = learner.init()
+    episodes = kit.points(2, ways=kit.WAYS - 1)[1]
+
+    def loss_of(learner):
+        def one(meta_params, support, query):
+            outputs = learner.predict(learner.adapt(meta_params, support), query.x)
+            return F.cross_entropy(outputs, query.y)
+
+        mapped = torch.vmap(one, in_dims=(None, 0, 0))
+        return lambda meta_params: mapped(meta_params, *episodes[:2]).mean()
+
+    along = trees.map(torch.ones_like, meta_params)
+    for derivative in (
+        torch.func.grad,
+        lambda f: lambda m: torch.func.jvp(f, (m,), (along,)),
+        lambda f: torch.func.grad(lambda m: torch.func.jvp(f, (m,), (along,))[1]),
+    ):
+        got, want = (trees.leaves(derivative(loss_of(x))(meta_params)) for x in (learner, fewer))
+        for one, other in zip(got, want, strict=True):
+            assert one.isfinite().all()
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_targets_of_snail_are_no_labels():
