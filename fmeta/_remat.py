@@ -235,7 +235,7 @@ def _jvp(fn: FlatFn, wrt: tuple[int, ...], n: int, *flat: Tensor) -> tuple[Tenso
             raise
         raise ValueError(
             "forward_ad.dual_level does not go through a recomputed function (checkpoint=, "
-            "mixed_mode=True): use torch.func.jvp"
+            "mixed_mode=): use torch.func.jvp"
         ) from error
     return _distinct(list(out), flat)
 

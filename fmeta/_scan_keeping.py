@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fmeta import _guard, trees
-from fmeta._autodiff import inside_transform
 from fmeta._remat import remat_keeping
 from fmeta._scan import CURE, loop_length, scan
 
 __all__ = ["scan_keeping"]
 
 Tree = Any
+
+_functorch = torch._C._functorch
 
 
 def scan_keeping(
@@ -44,24 +45,27 @@ def scan_keeping(
         carry, y, _ = body(carry, x, *consts)
         return carry, y
 
-    if not (torch.is_grad_enabled() or inside_transform()):  # nothing will be run again
-        return scan(without, carry, xs, consts=consts)
+    if not _may_be_pulled_back((carry, xs, consts)):  # then no step is run again
+        return scan(without, carry, xs, consts=consts, checkpoint=checkpoint)
     first_x = trees.map(lambda x: x[0] if isinstance(x, Tensor) else x, xs)
     _guard.refuse_closures_and_noise(without, carry, first_x, *consts, cure=CURE)
+    rebuild: list[Callable[[Any], Tree]] = []  # known after the first step
 
     def first(carry: Tree, xs: Tree, *consts: Tree) -> tuple[Tree, Tree]:
         kept = _Kept(loop_length(xs))
 
         def step(carry: Tree, x: Tree, *consts: Tree) -> tuple[Tree, Tree]:
             carry, y, found = body(carry, x, *consts)
-            kept.append(found)
+            tensors, rebuild_found = trees.tensors(found)
+            rebuild[:] = [rebuild_found]
+            kept.append(tensors)
             return carry, y
 
         return scan(step, carry, xs, consts=consts), kept.stacked()
 
     def again(found: Tree, carry: Tree, xs: Tree, *consts: Tree) -> tuple[Tree, Tree]:
         def step(carry: Tree, x: Tree, *consts: Tree) -> tuple[Tree, Tree]:
-            carry, y, _ = body(carry, x[0], *consts, known=x[1])
+            carry, y, _ = body(carry, x[0], *consts, known=rebuild[0](x[1]))
             return carry, y
 
         return scan(step, carry, (xs, found), consts=consts, checkpoint=checkpoint)
@@ -70,36 +74,48 @@ def scan_keeping(
     return result
 
 
-class _Kept:
-    """Trees of so many steps, stacked as they come.
+def _may_be_pulled_back(given: Tree) -> bool:
+    """Whether a derivative in reverse mode may be asked of a function of these."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(i.key() == _functorch.TransformType.Grad for i in stack):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for x in trees.leaves(given):
+        while isinstance(x, Tensor) and not x.requires_grad and _functorch.is_batchedtensor(x):
+            x = _functorch.get_unwrapped(x)
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
-    A stack of all at the end would hold them twice, and leave holes all over the heap.
+
+class _Kept:
+    """Tensors of so many steps, stacked as they come.
+
+    Stacks of all at the end would hold them twice, and leave holes all over the heap.
     """
 
     def __init__(self, total: int) -> None:
         self.total, self.count = total, 0
-        self.trees: list[Tree] = []
+        self.rooms: list[Tensor] = []
+        self.columns: list[list[Tensor]] = []
 
-    def append(self, tree: Tree) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            self.trees.append(tree)  # which of them are batched is known at the end only
+    def append(self, tensors: list[Tensor]) -> None:
+        if _functorch.peek_interpreter_stack() is not None:
+            # Which of them are batched is known at the end only.
+            self.columns = self.columns or [[] for _ in tensors]
+            for column, x in zip(self.columns, tensors, strict=True):
+                column.append(x)
             return
-        if not self.trees:
-            self.trees.append(trees.map(self._room_for, tree))
-        trees.map(self._write, self.trees[0], tree)
+        if not self.rooms:
+            self.rooms = [x.new_empty((self.total, *x.shape)) for x in tensors]
+        for room, x in zip(self.rooms, tensors, strict=True):
+            room[self.count].copy_(x)
         self.count += 1
 
-    def stacked(self) -> Tree:
-        if self.count:
-            return self.trees[0]
-        return trees.map(
-            lambda *xs: torch.stack(xs) if isinstance(xs[0], Tensor) else xs[0], *self.trees
-        )
-
-    def _room_for(self, x: Any) -> Any:
-        return x.new_empty((self.total, *x.shape)) if isinstance(x, Tensor) else x
-
-    def _write(self, room: Any, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            room[self.count].copy_(x)
-        return room
+    def stacked(self) -> list[Tensor]:
+        while self.columns:  # one at a time is held twice
+            self.rooms.append(torch.stack(self.columns.pop(0)))
+        return self.rooms

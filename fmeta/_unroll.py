@@ -265,8 +265,9 @@ def unroll(
     _check_extras(extras)
     if mixed_mode and _order(first_order) is not None:
         raise ValueError(
-            f"mixed_mode=True cannot be combined with first_order={first_order!r}: first order "
-            "takes no second derivative that mixed mode could make cheaper; drop one of the two"
+            f"mixed_mode={mixed_mode!r} cannot be combined with first_order={first_order!r}: "
+            "first order takes no second derivative that mixed mode could make cheaper; drop one "
+            "of the two"
         )
     check_modes(recompute, mixed_mode)
     if eval_loss_fn is not None and eval_batches is None:
@@ -354,8 +355,8 @@ def check_modes(recompute: Any, mixed_mode: Any) -> None:
         raise ValueError(f'recompute must be None, "gradient", "rule" or "both", got {recompute!r}')
     if mixed_mode and recompute in ("gradient", "both"):
         raise ValueError(
-            f"mixed_mode=True cannot be combined with recompute={recompute!r}: mixed mode computes "
-            'the gradient again by itself; give recompute="rule" or None'
+            f"mixed_mode={mixed_mode!r} cannot be combined with recompute={recompute!r}: mixed "
+            'mode computes the gradient again by itself; give recompute="rule" or None'
         )
 
 

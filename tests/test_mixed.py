@@ -7,7 +7,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 import fmeta
-from fmeta import fewshot, optimizers
+from fmeta import _scan_keeping, fewshot, optimizers
 from fmeta._autodiff import grad_and_value
 from fmeta._mixed import mixed_grad_and_value
 from fmeta.random import fold_in
@@ -221,3 +221,49 @@ def test_a_meta_batch_of_tasks_that_share_their_start(mixed_mode, checkpoint):
     got, want = (fn.estimate(start, episodes).grads for fn in (mixed, learner))
     for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_kept_gradients_beside_numbers_in_the_model_state():
+    xs = torch.randn(4, 4, 3, generator=fold_in(8), **DOUBLE)
+
+    def final(lr, **options):
+        rule = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=0.1)
+        fn = lambda p, x, state: (loss(p, x, state["scale"])[0], state)
+        state = {"scale": 1.3}
+        return fmeta.unroll(rule, fn, {"lr": lr}, P, xs, model_state=state, **options).losses[-1]
+
+    lr = torch.tensor(-3.0, **DOUBLE)
+    keep = {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"}
+    torch.testing.assert_close(grad(final)(lr), grad(lambda lr: final(lr, **keep))(lr))
+
+
+@pytest.mark.parametrize("setting", ["no_grad", "constants", "vmap", "jvp"])
+def test_gradients_are_kept_only_where_a_derivative_in_reverse_may_come(setting, monkeypatch):
+    made = []
+
+    class Spy(_scan_keeping._Kept):
+        def append(self, tensors):
+            made.append(tensors)
+            super().append(tensors)
+
+    monkeypatch.setattr(_scan_keeping, "_Kept", Spy)
+    xs = torch.randn(4, 4, 3, generator=fold_in(9), **DOUBLE)
+
+    def final(lr):
+        rule = fmeta.learn(optimizers.sgd, {"lr": "log"}, lr=0.1)
+        fn = lambda p, x: loss(p, x, S)[0]
+        options = {"mixed_mode": "keep_gradients", "checkpoint": "sqrt"}
+        return fmeta.unroll(rule, fn, {"lr": lr}, P, xs, **options).losses[-1]
+
+    lr = torch.tensor(-3.0, **DOUBLE)
+    run = {
+        "no_grad": lambda: torch.no_grad()(final)(lr),
+        "constants": lambda: final(lr),
+        "vmap": lambda: torch.no_grad()(vmap(final))(lr.expand(2)),
+        "jvp": lambda: jvp(final, (lr,), (lr,)),
+    }[setting]
+    run()
+    assert not made
+    batched = lr.expand(2).clone().requires_grad_()
+    vmap(final)(batched).sum().backward()
+    assert len(made) == 4
