@@ -6,7 +6,7 @@ One file, because two could be of different outer steps after a power cut.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmeta import _files, trees
 
-__all__ = ["NAME", "load", "require", "save"]
+__all__ = ["NAME", "about_as_saved", "load", "require", "save"]
 
 NAME = "state.safetensors"
 _KEY, _FORMAT = "fmeta.meta_train", 1
@@ -69,6 +69,32 @@ def load(path: Path, like: Any, about: Mapping[str, Any]) -> Any:
         spec,
         [tensors[n].to(x.device) if isinstance(x, Tensor) else numbers[n] for n, x in flat.items()],
     )
+
+
+def about_as_saved(
+    path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any], free: Collection[str]
+) -> dict[str, Any]:
+    """``about`` in the words of a file that may be older than some of its options.
+
+    Args:
+        path: the file.
+        about: as of `load`.
+        defaults: of options; one with this value is left out where the file does not know it.
+        free: options that may be others than in the file, whose values are taken over.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    saved = _header(path)["about"]
+    if not isinstance(saved, dict):  # damaged, as `load` will say
+        return dict(about)
+    nothing = object()
+    known = {
+        name: value
+        for name, value in about.items()
+        if name not in free and (name in saved or value != defaults.get(name, nothing))
+    }
+    return known | {name: saved[name] for name in free if name in saved}
 
 
 def require(path: Path) -> None:

@@ -12,7 +12,7 @@ from fmeta import _files, pretrained
 from fmeta.distributed import Ranks
 from fmeta.estimators import Estimator
 from fmeta.meta_train import _checkpoint, _loop
-from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, read_object, run_folder
+from fmeta.meta_train._run_folder import METRICS, RESULTS, WEIGHTS, WHERE, read_object, run_folder
 
 __all__ = ["Recipe", "run_job"]
 
@@ -75,24 +75,27 @@ def run_job(
         FileExistsError, FileNotFoundError, BlockingIOError, OSError, ValueError.
     """
     say = on_phase or (lambda text: None)
-    values = dataclasses.asdict(config)
+    values, defaults = dataclasses.asdict(config), _defaults(config)
     ranks = ranks or Ranks.alone()
     if not ranks.is_first:
         how = ranks.broadcast_bytes(b"")
         if how != _FINISHED:
             folder = Path(config.out) / config.name
-            _meta_train(recipe(config), folder, values, how, None, lambda text: None)
+            _meta_train(recipe(config), folder, _about(values), how, None, lambda text: None)
         return {}
-    with run_folder(Path(config.out) / config.name, values) as folder:
+    with run_folder(Path(config.out) / config.name, values, defaults) as folder:
         checkpoint = folder / "checkpoint" / _checkpoint.NAME
         how = _RESUMED if checkpoint.exists() else _NEW
         how = ranks.broadcast_bytes(_FINISHED if (folder / RESULTS).exists() else how)
         if how == _FINISHED:
             say(f"the run in {folder} is finished: nothing to do")
             return read_object(folder / RESULTS)
+        about = _about(values)
+        if how == _RESUMED:
+            about = _checkpoint.about_as_saved(checkpoint, about, defaults, WHERE)
         made = recipe(config)
         with made.beside:
-            result = _meta_train(made, folder, values, how, on_step, say)
+            result = _meta_train(made, folder, about, how, on_step, say)
             weights = folder / WEIGHTS
             if made.save is None:
                 pretrained.save(weights, made.rule_name, result.meta_params, **made.rule_arguments)
@@ -103,10 +106,23 @@ def run_job(
         return results
 
 
+def _about(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration says which run this is."""
+    return {name: value for name, value in values.items() if name not in WHERE}
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def _meta_train(
     recipe: Recipe,
     folder: Path,
-    config: Mapping[str, Any],
+    about: Mapping[str, Any],
     how: bytes,
     on_step: _loop.OnStep | None,
     say: Say,
@@ -114,7 +130,7 @@ def _meta_train(
     checkpoint = folder / "checkpoint"
     arguments: dict[str, Any] = {
         **recipe.options,
-        "about": {k: v for k, v in config.items() if k not in ("out", "name", "resume")},
+        "about": about,
         "log": folder / METRICS,
         "on_step": on_step,
     }

@@ -10,17 +10,19 @@ from typing import Any
 from fmeta import _files
 from fmeta.meta_train._lock import locked
 
-__all__ = ["CONFIG", "METRICS", "RESULTS", "WEIGHTS", "read_object", "run_folder"]
+__all__ = ["CONFIG", "METRICS", "RESULTS", "WEIGHTS", "WHERE", "read_object", "run_folder"]
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 WEIGHTS, RESULTS = "weights.safetensors", "results.json"
 
-# Options that say where a run is, not what it is: a folder may be moved and resumed.
-_WHERE = ("out", "name", "resume")
+# Options that say where a run and its data are, not what it is: a folder may be moved and resumed.
+WHERE = ("out", "name", "resume", "download")
 
 
 @contextmanager
-def run_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+def run_folder(
+    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[Path]:
     """Holds the folder of a run for this process, new or, with ``resume`` set, as it was left.
 
     The configuration is written into it first, so that every later state can be resumed.
@@ -28,6 +30,7 @@ def run_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     Args:
         folder: made with its parents.
         config: plain values by name; ``"resume"`` among them.
+        defaults: what an option is of which a run begun before there was one says nothing.
 
     Raises:
         FileExistsError: it holds a run, and ``resume`` is not set.
@@ -44,7 +47,7 @@ def run_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     with locked(_files.writable_folder(folder)):
         _files.remove_leftovers(folder)
         if config["resume"]:
-            _check_same(folder, config)
+            _check_same(folder, config, defaults)
         else:
             _check_empty(folder)
             stored = {name: value for name, value in config.items() if name != "resume"}
@@ -73,9 +76,9 @@ def _check_empty(folder: Path) -> None:
             )
 
 
-def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
-    before = read_object(folder / CONFIG)
-    changed = [k for k in config if k not in _WHERE and before.get(k) != _plain(config[k])]
+def _check_same(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    before = {k: _plain(v) for k, v in defaults.items()} | read_object(folder / CONFIG)
+    changed = [k for k in config if k not in WHERE and before.get(k) != _plain(config[k])]
     if changed:
         raise ValueError(
             f"the run in {folder} was started with other settings ({', '.join(changed)}): resume "

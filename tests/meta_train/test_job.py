@@ -9,6 +9,8 @@ import signal
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fmeta
 from fmeta import _files, pretrained
@@ -260,6 +262,55 @@ def test_the_checkpoint_of_another_run_is_not_taken_for_ones_own(recipe, whole, 
     path.write_bytes((tmp_path / "other" / "checkpoint" / "state.safetensors").read_bytes())
     words = "is of a run with num_steps 3, not 7"
     refused(ValueError, words, Config(str(tmp_path), "whole", True), recipe, tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Later(Config):
+    """Of a version with more options."""
+
+    color: bool = False
+    download: bool = False
+    sizes: tuple[int, ...] = (1,)
+
+
+@pytest.mark.parametrize("phase", ["step 3", "evaluation"])
+@pytest.mark.parametrize("begun_by", [Config, Later])
+def test_a_run_of_before_an_option_existed_goes_on(recipe, whole, tmp_path, begun_by, phase):
+    def at(reached):
+        if reached == phase:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(begun_by(str(tmp_path), "cut"), recipe(at))
+    checkpoint = tmp_path / "cut" / "checkpoint" / "state.safetensors"
+    words = r"started with other settings \(color, sizes\)"
+    other = Later(str(tmp_path), "cut", True, color=True, sizes=(2,))
+    refused(ValueError, words, other, recipe, tmp_path)
+    with pytest.raises(KeyboardInterrupt):  # where data come from is not what the run is
+        run_job(Later(str(tmp_path), "cut", True, download=True), recipe(at))
+    if begun_by is Config:
+        assert b"color" not in checkpoint.read_bytes()
+    run_job(Later(str(tmp_path), "cut", True), recipe())
+    got = contents(tmp_path / "cut")
+    assert got.keys() == whole.keys()
+    assert got["weights.safetensors"] == whole["weights.safetensors"]
+    assert (got == whole) == (begun_by is Config)
+
+
+def test_a_checkpoint_that_says_download_goes_on(recipe, whole, tmp_path):
+    """Runs told so for a time."""
+    for name in ("results.json", "weights.safetensors"):
+        (tmp_path / "whole" / name).unlink()
+    path = tmp_path / "whole" / "checkpoint" / "state.safetensors"
+    state = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fmeta.meta_train"])
+    del header["checksum"]
+    header["about"]["download"] = True
+    save_file(state, path, {"fmeta.meta_train": json.dumps(header)})
+    run_job(Later(str(tmp_path), "whole", True), recipe())
+    got = contents(tmp_path / "whole")
+    assert got["weights.safetensors"] == whole["weights.safetensors"]
 
 
 @pytest.mark.parametrize("content", ["", '{"num_steps": ', "[]"])
