@@ -13,7 +13,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta._autodiff import check_scalar
 from fmeta._functions import check_function
-from fmeta._numbers import check_real
+from fmeta._numbers import check_real, is_whole
 
 __all__ = ["SOLVERS", "ImplicitGradient", "check_solver", "implicit_gradient"]
 
@@ -128,7 +128,7 @@ def check_solver(solver: str, num_iterations: int, damping: float, step_size: fl
     """Raises a ValueError for an unknown solver or numbers out of range, else a TypeError."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+    if not is_whole(num_iterations):
         raise TypeError(f"num_iterations must be an integer, got {num_iterations!r}")
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")

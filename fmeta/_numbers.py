@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import numbers
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["check_flag", "check_number", "check_numbers", "check_real", "nothing_to_learn"]
+__all__ = [
+    "check_flag",
+    "check_number",
+    "check_numbers",
+    "check_real",
+    "is_whole",
+    "nothing_to_learn",
+]
 
 
 def nothing_to_learn(generator: torch.Generator | None = None) -> dict[str, Any]:
@@ -45,14 +53,19 @@ def check_number(name: str, value: Any, *, below: float = math.inf, positive: bo
         raise ValueError(f"{name} must be {wanted} and {limit}, got {value}")
 
 
-def check_real(**numbers: Any) -> None:
-    """Raises a TypeError, with its name, for what is no Python number; ranges are up to others.
+def check_real(**given: Any) -> None:
+    """Raises a TypeError, with its name, for what is no real number; ranges are up to others.
 
-    Tensors are not looked at, None is no number.
+    Those of NumPy are numbers. Tensors are not looked at, None is no number.
     """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
             raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer, of Python or NumPy, and no flag."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_flag(**flags: Any) -> None:

@@ -118,6 +118,16 @@ def test_what_cannot_be_meant_is_refused(options, message):
         fmeta.implicit_gradient(lambda p, m: p.sum(), lambda p, m: p.sum(), p, p, **options)
 
 
+def test_numbers_of_numpy_are_numbers():
+    p, m = torch.ones(3), torch.arange(3.0)
+    inner, outer = lambda p, m: (p - m).square().sum(), lambda p, m: p.square().sum()
+    got = fmeta.implicit_gradient(
+        inner, outer, p, m, num_iterations=np.int64(3), damping=np.float32(0.5)
+    )
+    want = fmeta.implicit_gradient(inner, outer, p, m, num_iterations=3, damping=0.5)
+    assert torch.equal(got.grads, want.grads)
+
+
 def test_imaml_at_its_optimum_is_the_derivative_of_its_loss():
     """Finite differences through inner training that has converged."""
     net = torch.nn.Sequential(

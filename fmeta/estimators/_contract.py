@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import check_scalar, is_pulled_back_to
+from fmeta._numbers import is_whole
 from fmeta.distributed import Ranks
 from fmeta.tasks import TaskFamily
 
@@ -213,7 +214,7 @@ def check_meta_params(meta_params: Any) -> None:
 def check_sizes(**sizes: int | None) -> None:
     """Raises a ValueError for a number that is no integer above 0; None is not looked at."""
     for name, value in sizes.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and not is_whole(value):
             raise ValueError(f"{name} must be an integer, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -118,7 +118,7 @@ def evolution(
             "compile=True compiles the recorded step, so it goes with trace=True alone"
         )
     noise = Noise(std, perturb)
-    each = num_tasks // particles
+    each, particles = int(num_tasks // particles), int(particles)  # NumPy's integers are taken too
 
     def build(family: TaskFamily, particles: Share) -> Estimator:
         if not antithetic and particles.total < 2:

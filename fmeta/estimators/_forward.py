@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmeta._numbers import is_whole
 from fmeta.distributed import Ranks
 from fmeta.estimators._contract import Bind, Estimator, InnerLoss, check_sizes
 from fmeta.estimators._forward_online import online
@@ -110,7 +111,7 @@ def forward(
             ranks=ranks,
             first_order=first_order,
         )
-    elif not isinstance(horizon, int):
+    elif not is_whole(horizon):
         raise ValueError(
             f"a horizon of {horizon!r} is not one number of steps: several, or a schedule, need "
             "truncation=K"

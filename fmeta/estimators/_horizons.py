@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from fmeta._functions import check_function
+from fmeta._numbers import is_whole
 from fmeta.estimators._contract import check_sizes
 
 __all__ = ["Horizon", "as_horizon", "constant", "growing", "log_uniform"]
@@ -78,8 +80,8 @@ def as_horizon(horizon: int | Sequence[int] | Horizon) -> Horizon:
     Raises:
         ValueError: for numbers below 1, none at all, or anything else.
     """
-    if isinstance(horizon, int):
-        return _Constant(horizon)
+    if isinstance(horizon, numbers.Integral):
+        return _Constant(horizon if isinstance(horizon, bool) else int(horizon))
     if callable(horizon):
         return _Checked(horizon)
     if not isinstance(horizon, Sequence) or isinstance(horizon, str):
@@ -112,7 +114,7 @@ class _Choice:
             check_sizes(horizon=number)
 
     def __call__(self, generator: torch.Generator, estimate: int) -> int:
-        return self.numbers[int(torch.randint(len(self.numbers), (), generator=generator))]
+        return int(self.numbers[int(torch.randint(len(self.numbers), (), generator=generator))])
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ class _Checked:
 
     def __call__(self, generator: torch.Generator, estimate: int) -> int:
         drawn = self.schedule(generator, estimate)
-        if isinstance(drawn, bool) or not isinstance(drawn, int) or drawn < 1:
+        if not is_whole(drawn) or drawn < 1:
             raise ValueError(
                 f"the schedule of horizons returned {drawn!r} in estimate {estimate}: it must "
                 "return a positive integer, a number of inner steps"
             )
-        return drawn
+        return int(drawn)

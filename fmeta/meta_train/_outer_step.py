@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ class OuterSteps:
 
     def start(self) -> State:
         s, params = self.settings, self.meta_params
-        hidden = self.outer.init_hidden(self.outer_params, params, num_steps=s.num_steps)
+        hidden = self.outer.init_hidden(self.outer_params, params, num_steps=int(s.num_steps))
         stream = self.estimator.init(params, s.seed)
         average = _averaging.start(params, s.averaging)
         return State(params, hidden, stream, average, params, math.inf, 0, 0, s.seed, 0, 0)
@@ -215,7 +217,10 @@ def _fitting(given: Tree, outer: Optimizer) -> Tree:
 def _number(value: Any) -> float:
     """What ``validate`` returned."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    if one or isinstance(value, (int, float)):
+    one = one or (isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "biuf")
+    if one:
+        return float(value.item())
+    if isinstance(value, numbers.Real):
         return float(value)
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise ValueError(f"validate must return a number, got {got}: take the mean of several")

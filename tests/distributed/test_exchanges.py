@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -74,7 +75,7 @@ def test_a_rank_without_tasks_does_not_count_even_when_nan(on_two):
 
 def test_a_mean_alone_is_the_tree():
     tree = {"w": torch.tensor([1.0, -2.0], requires_grad=True), "none": None}
-    mean = all_reduce_mean(tree, weight=3)
+    mean = all_reduce_mean(tree, weight=np.int64(3))
     assert mean["w"].tolist() == [1.0, -2.0]
     assert not mean["w"].requires_grad
     assert all_reduce_mean(tree, weight=0)["w"].isnan().all()

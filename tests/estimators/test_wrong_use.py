@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,6 +139,16 @@ def cases(table):
 def test_as_it_is_built(name, argument, value, error, message):
     with pytest.raises(error, match=message):
         build(name, **{argument: value})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sizes_may_be_integers_of_numpy(name):
+    plain = {"num_tasks": 2, "horizon": 4}
+    plain |= {"num_iterations": 3, "damping": 0.5} if name == "implicit" else {}
+    plain |= PIECES if name in OF_PIECES else {}
+    numpy = {k: np.int64(v) if isinstance(v, int) else np.float32(v) for k, v in plain.items()}
+    got, want = (first(build(name, **sizes), meta_of(name)) for sizes in (numpy, plain))
+    assert torch.equal(got.loss, want.loss)
 
 
 def test_functions_of_other_forms_are_taken():

@@ -90,6 +90,10 @@ def test_what_are_no_images_by_split_is_told(images, error, message):
 def test_points_of_a_wave_are_whole_numbers():
     with pytest.raises(ValueError, match=r"shots must be an integer, got 1\.5"):
         fewshot.sinusoid(1.5)
+    drawn = [
+        fewshot.draw(fewshot.sinusoid(shots), [(0, 1)]).support.x for shots in (3, np.int64(3))
+    ]
+    assert torch.equal(*drawn)
 
 
 def test_a_split_that_is_not_there_is_named():

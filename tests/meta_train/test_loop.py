@@ -7,6 +7,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -306,8 +307,37 @@ def test_only_estimators_are_meta_trained(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "got"),
-    [(torch.ones(3), r"a tensor of shape \(3,\): take the mean"), (None, "None"), ("1", "'1'")],
+    [
+        (torch.ones(3), r"a tensor of shape \(3,\): take the mean"),
+        (np.ones(2), r"array\(\[1\., 1\.\]\): take the mean"),
+        (None, "None"),
+        ("1", "'1'"),
+    ],
 )
 def test_a_validation_gives_a_number(noisy, value, got):
     with pytest.raises(ValueError, match=f"validate must return a number, got {got}"):
         run(noisy(), W, outer=SGD, num_steps=3, validate=lambda meta_params: value)
+
+
+NUMPY = [
+    {"validate": lambda meta_params: np.float32(0.5)},
+    {"validate": lambda meta_params: np.array(0.5)},
+    {"validate": lambda meta_params: torch.tensor([0.5])},
+    {"num_steps": np.int64(3), "validate_every": np.int64(2), "max_skipped": np.int32(2)},
+    {"averaging": np.float32(0.5), "checkpoint_every": np.int64(2)},
+]
+
+
+@pytest.mark.parametrize("options", NUMPY, ids=range(len(NUMPY)))
+def test_numbers_of_numpy_are_numbers(noisy, tmp_path, options):
+    plain = {
+        name: (lambda meta_params: 0.5) if callable(value) else value.item()
+        for name, value in options.items()
+    }
+    folders = {"checkpoint_folder": tmp_path / "a"}, {"checkpoint_folder": tmp_path / "b"}
+    got, want = (
+        run(noisy(), W, **{"outer": SGD, "num_steps": 3, **folder, **given})
+        for folder, given in zip(folders, (options, plain), strict=True)
+    )
+    assert torch.equal(got.meta_params["w"], want.meta_params["w"])
+    assert got.history == want.history
