@@ -178,7 +178,9 @@ def test_resets_within_a_truncation():
     over = done.bool().cumsum(0) > 0
     row = torch.arange(PAIRS) + PAIRS * over
     xi = torch.cat([accumulator + eps, eps])
-    found = Perturbations(row, torch.arange(PAIRS).repeat(2), [], torch.cat([eps, eps]), xi)
+    found = Perturbations(
+        row, row.tolist(), torch.arange(PAIRS).repeat(2), [], torch.cat([eps, eps]), xi
+    )
     relative = (pos - neg) / 2 * mask / mask.sum(0) * len(mask)
     parts = weighted_sums(relative, found, DATA["theta0"], Noise(SIGMA))
     close(parts.mean(0), DATA["greset_grad"])
