@@ -131,7 +131,8 @@ def estimate_by(
         run: Callable[..., Any] = together
         whole: Callable[..., Estimate] = all_of_it
         if record and _is_plain(meta_params, episodes):
-            run, whole = recorded, recorded_whole  # which hold for one layout in memory
+            # Which hold for one layout in memory.
+            run, whole = _explained(recorded), _explained(recorded_whole)
             meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
         size = chunk_size or _size_in_cache(meta_params, episodes)
         chunks = _chunks(episodes, size)
@@ -144,6 +145,20 @@ def estimate_by(
             return _mean(parts, rest, share)
 
     return estimate
+
+
+def _explained(recorded: Traced) -> Callable[..., Any]:
+    """The recorded function, whose errors of labels are those of the function itself."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return recorded(*args)
+        except RuntimeError as error:
+            if "out of bounds" in str(error):
+                recorded.fn(*args)
+            raise
+
+    return call
 
 
 def _mean(parts: Tree, rest: tuple[Tensor, Seen], share: Share | None = None) -> Estimate:

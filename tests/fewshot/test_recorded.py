@@ -43,6 +43,16 @@ def test_replayed_estimates_are_equal_bit_for_bit(monkeypatch, name):
     assert all(map(torch.equal, trees.leaves(got.grads), trees.leaves(want.grads)))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("name", ["first_order_maml", "reptile"])
+def test_wrong_labels_are_told_by_what_was_recorded_too(monkeypatch, name, chunk_size):
+    episodes = kit.points()[1]
+    learner, meta_params, _ = estimates(monkeypatch, name, episodes, chunk_size=chunk_size)
+    support = episodes.support._replace(y=episodes.support.y + 1)
+    with pytest.raises(ValueError, match=r"labels y that are not from 0 to 2.*number the classes"):
+        learner.estimate(meta_params, episodes._replace(support=support))
+
+
 def test_meta_parameters_that_begin_as_one_tensor_part_later(monkeypatch):
     episodes = kit.points()[1]
     learner, meta_params, _ = estimates(monkeypatch, "meta_sgd", episodes)
