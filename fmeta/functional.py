@@ -7,8 +7,7 @@ import gc
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,18 @@ __all__ = ["activations", "functionalize", "layer_activity", "loss_of", "moved"]
 
 Tensors = dict[str, Tensor]
 
-_SWITCHING = threading.RLock()
+
+class _Lock:
+    """A lock that a pickled or copied function has anew, for threads of its own."""
+
+    def __init__(self) -> None:
+        self.held = threading.RLock()
+
+    def __reduce__(self) -> str | tuple[type[_Lock], tuple[()]]:
+        return "_SWITCHING" if self is _SWITCHING else (_Lock, ())
+
+
+_SWITCHING = _Lock()
 
 
 def functionalize(
@@ -57,8 +67,8 @@ def functionalize(
         ``requires_grad``. Tied tensors stand once, under their first name, and stay tied:
         their gradient is the sum over all uses. ``apply`` raises ValueError for a missing, an
         unexpected or a misshapen tensor, and when the forward changes a parameter or buffer
-        (the buffers given are never touched: the forward works on copies). It is not for
-        several threads at once.
+        (the buffers given are never touched: the forward works on copies). Several threads may
+        call it: the calls wait for each other.
 
     Raises:
         TypeError: ``module`` is not an ``nn.Module``, or cannot be copied.
@@ -93,10 +103,10 @@ def functionalize(
     stock = all(_is_stock(m) for m in module.modules())
     attends = not stock or any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
     # The switch costs some microseconds a call; torch's own layers are known not to need it.
-    fused_off = partial(sdpa_kernel, SDPBackend.MATH) if attends else nullcontext
+    fused_off = _fused_off if attends else nullcontext
     # functional_call puts the tensors into the module for as long as it runs, the switch holds for
     # the whole process: one thread at a time.
-    lock = _SWITCHING if attends else threading.RLock()
+    lock = _SWITCHING if attends else _Lock()
 
     def apply(params: Tensors, buffers: Tensors, /, *args: Any, **kwargs: Any) -> Any:
         _check(params, param_shapes, "params", label)
@@ -106,7 +116,7 @@ def functionalize(
         tensors = {alias: given[name] for alias, name in aliases.items()}
         # torch's own layers change no parameter, and those that change a buffer were refused.
         before = [] if stock else [_version(t) for t in given.values()]
-        with nullcontext() if torch.compiler.is_compiling() else lock, fused_off():
+        with nullcontext() if torch.compiler.is_compiling() else lock.held, fused_off():
             out = functional_call(skeleton, tensors, args, kwargs, tie_weights=False, strict=strict)
         for (name, tensor), version in zip(given.items(), before, strict=False):
             if _version(tensor) != version:
@@ -198,6 +208,10 @@ def _check(got: Mapping[str, Tensor], want: dict[str, torch.Size], kind: str, la
     if len(got) != len(want):
         extra = ", ".join(repr(name) for name in got if name not in want)
         raise ValueError(f"{kind} of {label}: unexpected {extra}; {cure}")
+
+
+def _fused_off() -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _copies(buffers: Tensors) -> Tensors:

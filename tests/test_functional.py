@@ -1,7 +1,9 @@
 """A functionalized module is the module, pure: values, two derivatives, transforms, errors."""
 
 import itertools
+import pickle
 import threading
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -506,3 +508,18 @@ def test_threads_may_share_a_function():
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda i: apply(many[i % 4], buffers, x), range(400)))
     assert all(torch.equal(out, want[i % 4]) for i, out in enumerate(got))
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_what_a_function_holds_can_be_pickled(attends):
+    """As it must be to go to other processes; each lock is anew, or the one of the process."""
+    net = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True) if attends else nn.Linear(4, 3)
+    apply, params, buffers = functionalize(net.eval())
+    cells = pickle.loads(pickle.dumps([cell.cell_contents for cell in apply.__closure__]))
+    held = dict(zip(apply.__code__.co_freevars, cells, strict=True))
+    own = apply.__closure__[apply.__code__.co_freevars.index("lock")].cell_contents
+    assert (held["lock"] is own) is attends
+    closure = tuple(types.CellType(value) for value in cells)
+    again = types.FunctionType(apply.__code__, apply.__globals__, closure=closure)
+    x = torch.ones(2, 5, 4)
+    assert torch.equal(again(params, buffers, x), apply(params, buffers, x))
