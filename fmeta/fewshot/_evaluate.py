@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -82,6 +83,7 @@ def evaluate(
     score = loss_named(loss)
     options = {} if num_steps is None else {"num_steps": num_steps}
     like = likeness(meta_params)
+    casts = _autocasts()
     # Inner gradients record a graph, for a step: not of what is the same for all steps.
     given, rebuild = trees.tensors(meta_params)
     meta_params = rebuild(x.detach() for x in given)
@@ -97,7 +99,10 @@ def evaluate(
 
     def batch(start: int) -> tuple[Tensor, Tensor]:
         rows = [(seed, i) for i in range(start, min(start + batch_size, num_episodes))]
-        with torch.no_grad():  # each thread has a mode of its own
+        # Each thread has modes of its own.
+        with torch.no_grad(), contextlib.ExitStack() as modes:
+            for cast in casts:
+                modes.enter_context(torch.autocast(**cast))
             episodes = draw(source, rows, split=split, **like)
             values: tuple[Tensor, Tensor] = over_episodes(one)(episodes.support, episodes.query)
         return values
@@ -118,6 +123,20 @@ def _by_threads(fn: Callable[[int], Any], items: Iterable[int], num_threads: int
         return list(pool.map(fn, items))
     finally:  # after an error or Ctrl-C what has not begun is left out
         pool.shutdown(cancel_futures=True)
+
+
+def _autocasts() -> list[dict[str, Any]]:
+    """Options of the `torch.autocast` that are in force here."""
+    kinds = {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+    return [
+        {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in sorted(kinds)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ]
 
 
 def _interval(values: Tensor) -> tuple[float, float]:

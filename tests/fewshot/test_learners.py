@@ -124,6 +124,21 @@ def test_evaluation_records_no_graph(name):
     assert torch.equal(beside.losses, scores.losses)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_threads_of_an_evaluation_are_under_the_callers_autocast(dtype):
+    learner = fewshot.protonet(kit.classifier(outputs=5).float(), kit.WAYS)
+    source, _ = kit.points()
+
+    def losses(num_threads):
+        options = {"num_episodes": 4, "batch_size": 2, "num_threads": num_threads}
+        return fewshot.evaluate(learner, learner.init(), source, **options).losses
+
+    with torch.autocast("cpu", dtype):
+        alone, beside = losses(1), losses(2)
+    assert torch.equal(alone, beside)
+    assert not torch.equal(alone, losses(2))  # without
+
+
 @pytest.mark.parametrize("name", kit.OF_STEPS)
 def test_evaluation_keeps_nothing_of_one_step_in_the_next(name):
     """What autograd saves for inner gradients is gone after the step, however many there are."""
