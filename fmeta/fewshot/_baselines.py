@@ -101,7 +101,7 @@ def fine_tune(
 
     Raises:
         ValueError: numbers below 1; later, episodes without ``classes``, and labels outside of 0 to
-            ``ways`` - 1, where they can be seen (outside of transforms).
+            ``ways`` - 1, where they can be seen (on the CPU, outside of transforms).
         TypeError: later, labels that are no integers.
 
     Reference:
@@ -199,7 +199,7 @@ def nearest_neighbour(ways: int) -> MetaLearner:
 
     Raises:
         ValueError: ``ways`` below 1; steps asked for; labels outside of 0 to ``ways`` - 1, where
-            they can be seen (outside of transforms).
+            they can be seen (on the CPU, outside of transforms).
         TypeError: labels that are no integers.
     """
     check_sizes(ways=ways)

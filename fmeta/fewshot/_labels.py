@@ -14,8 +14,9 @@ __all__ = ["check_labels"]
 def check_labels(y: Tensor, ways: int, what: str, *, every: bool = False) -> None:
     """Raises an error unless these are integers from 0 to ``ways`` - 1.
 
-    Values are looked at where there are any to see: outside of all transforms, not on the `meta`
-    device, not while operations are recorded.
+    Values are looked at where they are at hand: on the CPU, outside of all transforms, not while
+    operations are recorded. To look at those of a GPU is to wait for it; labels of a source are
+    checked by `draw`, before they go there.
 
     Args:
         y: labels ``(..., n)``.
@@ -53,7 +54,7 @@ def check_labels(y: Tensor, ways: int, what: str, *, every: bool = False) -> Non
 def _can_be_read(y: Tensor) -> bool:
     return (
         type(y) is Tensor
-        and not y.is_meta
+        and y.device.type == "cpu"
         and not inside_transform()
         and _get_current_dispatch_mode() is None
     )

@@ -57,7 +57,8 @@ def protonet(
 
     Raises:
         ValueError: numbers below 1; steps asked for; labels outside of 0 to ``ways`` - 1, and
-            classes without a support example, where they can be seen (outside of transforms).
+            classes without a support example, where they can be seen (on the CPU, outside of
+            transforms).
         TypeError: no network, or labels that are no integers.
 
     Reference:

@@ -91,7 +91,7 @@ def snail(
     Raises:
         ValueError: numbers below 1; no attention; a network that does not tell its features; steps
             asked for; targets of another size; labels outside of 0 to ``num_outputs`` - 1, where
-            they can be seen (outside of transforms).
+            they can be seen (on the CPU, outside of transforms).
         TypeError: no network; labels that are no integers.
 
     Reference:

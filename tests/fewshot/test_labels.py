@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from fmeta import fewshot, trees
+from fmeta.fewshot._labels import check_labels
 
 from . import kit
 
@@ -118,6 +119,16 @@ def test_what_cannot_be_seen_is_not_looked_at(name):
         fake = trees.map(mode.from_tensor, (meta_params, wrong, query.x))
         adapted = learner.adapt(*fake[:2])
         assert learner.predict(adapted, fake[2]).shape == (len(query.x), kit.WAYS)
+
+
+def test_labels_on_another_device_are_not_waited_for():
+    """There `meta`, which has no values to give, stands for a GPU."""
+    y = torch.full((2, 4), 7)
+    with pytest.raises(ValueError, match="go from 7 to 7"):
+        check_labels(y, 3, "it", every=True)
+    check_labels(y.to("meta"), 3, "it", every=True)
+    with pytest.raises(TypeError, match="must be integers"):
+        check_labels(y.double().to("meta"), 3, "it")
 
 
 def test_a_source_of_wrong_labels_is_told():
