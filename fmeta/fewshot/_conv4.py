@@ -29,7 +29,7 @@ def conv4(
     Args:
         ways: outputs; None: no last layer, the outputs are the features.
         side: of the square images, which are ``(n, in_channels, side, side)``, or with one channel
-            also ``(n, side, side)``.
+            also ``(n, side, side)``; or flat, ``(n, in_channels * side * side)``.
         in_channels: of the images.
         channels: of every block.
         blocks: how many; each halves the side, rounded down.
@@ -57,7 +57,8 @@ def conv4(
 
     def check_images(x: Tensor) -> None:
         grey = in_channels == 1 and x.shape[1:] == (side, side)
-        if grey or x.shape[1:] == (in_channels, side, side):
+        flat = x.ndim == 2 and x.shape[1] == in_channels * side * side
+        if grey or flat or x.shape[1:] == (in_channels, side, side):
             return
         got = tuple(x.shape[1:])
         if x.ndim == 4 and got[1:] == (side, side):

@@ -89,7 +89,8 @@ def test_targets_of_another_shape_than_the_outputs_are_refused():
     [
         ({}, (3, 8, 8), "in_channels=3"),
         ({}, (1, 16, 16), "side= and in_channels="),
-        ({}, (64,), "side= and in_channels="),
+        ({}, (63,), "side= and in_channels="),
+        ({}, (128,), "side= and in_channels="),
         ({"in_channels": 3}, (8, 8), "in_channels=1"),
         ({"in_channels": 3}, (8, 8, 3), "side= and in_channels="),
     ],
@@ -102,10 +103,16 @@ def test_images_of_another_shape_are_refused(options, shape, cure):
         learner.adapt(learner.init(), support)
 
 
-@pytest.mark.parametrize(("channels", "shape"), [(1, (8, 8)), (1, (1, 8, 8)), (3, (3, 8, 8))])
+@pytest.mark.parametrize(
+    ("channels", "shape"),
+    [(1, (8, 8)), (1, (1, 8, 8)), (3, (3, 8, 8)), (1, (64,)), (3, (192,))],
+)
 def test_images_of_the_shape_that_it_was_made_for_are_taken(channels, shape):
     model = fewshot.conv4(3, side=8, in_channels=channels, channels=2, blocks=2)
-    assert model.apply(model.init(fold_in(0)), torch.rand(6, *shape))[0].shape == (6, 3)
+    params, x = model.init(fold_in(0)), torch.rand(6, *shape)
+    outputs = model.apply(params, x)[0]
+    assert outputs.shape == (6, 3)
+    assert torch.equal(outputs, model.apply(params, x.reshape(6, channels, 8, 8))[0])
 
 
 class Splits(nn.Module):
