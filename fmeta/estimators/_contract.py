@@ -156,6 +156,8 @@ def scored(
     t: Tensor,
     horizon: Tensor,
     config: Callable[[], Any] | None = None,
+    *,
+    by_step: bool = False,
 ) -> Tensor:
     """Each step's part in the meta-loss, ``(K, tasks, copies)``.
 
@@ -165,6 +167,7 @@ def scored(
         t, horizon: ``(K, tasks)``.
         config: gives the config of each step's task, ``(K, tasks, ...)``, to a ``meta_loss`` whose
             attribute ``needs`` has ``"config"``.
+        by_step: the step of a value matters, so that one for all steps is refused.
     """
     own = {}
     if "config" in getattr(score, "needs", ()):
@@ -172,15 +175,31 @@ def scored(
             raise ValueError("this estimator does not give a meta_loss the configs of its tasks")
         own["config"] = config()
     values = score(losses, evals, t.unsqueeze(-1), horizon.unsqueeze(-1), **own)
-    # Not what merely broadcasts: a mean over copies is the same for all of them, so that there is
-    # nothing to tell which of them does better.
-    if not isinstance(values, Tensor) or values.shape != losses.shape:
-        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"meta_loss must return a value for each step, of shape {tuple(losses.shape)} (steps, "
-            f"tasks, copies) like losses, got {got}: do not take the mean in it"
-        )
-    return values
+    if isinstance(values, Tensor):
+        if values.shape == losses.shape:
+            return values
+        if not by_step and _is_of_all(values, losses):
+            return values.expand_as(losses)
+    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    cure = ""
+    if isinstance(values, Tensor) and values.shape == losses.shape[1:] and not by_step:
+        cure = ", and where all steps have the same value keep their dimension, as losses[-1:] does"
+    raise ValueError(
+        f"meta_loss must return a value for each step, of shape {tuple(losses.shape)} (steps, "
+        f"tasks, copies) like losses, got {got}: do not take the mean in it{cure}"
+    )
+
+
+def _is_of_all(values: Tensor, losses: Tensor) -> bool:
+    """Whether they are one value for all steps, ``(1, tasks, copies)`` or ``(tasks, copies)``.
+
+    Not what else broadcasts: a mean over copies is the same for all of them, so that there is
+    nothing to tell which of them does better. A mean over tasks looks like ``(tasks, copies)``
+    where there are as many steps.
+    """
+    steps, *each = losses.shape
+    same = tuple(values.shape)
+    return same == (1, *each) or (same == tuple(each) and (steps == 1 or steps != each[0]))
 
 
 def check_meta_params(meta_params: Any) -> None:

@@ -202,7 +202,7 @@ class Credit(NamedTuple):
         """Values and advantages, ``(T, tasks, rollouts)``, and the baseline's state."""
         steps, tasks = losses.shape[:2]
         t = torch.arange(steps, device=losses.device)[:, None].expand(steps, tasks)
-        values = scored(self.score, losses, evals, t, torch.full_like(t, steps))
+        values = scored(self.score, losses, evals, t, torch.full_like(t, steps), by_step=True)
         returns = returns_to_go(values, self.discount, self.lag)
         expected, state = self.baseline.estimate(state, losses, returns)
         return values, returns, returns - expected, state

@@ -133,6 +133,7 @@ def test_the_config_is_that_of_the_task_at_the_step():
     assert float(found.loss) == pytest.approx(total / 10)
 
 
+LAST = lambda losses, evals, t, horizon: losses[-1]
 MEANS = {
     "of all": lambda losses: losses.mean(),
     "over copies": lambda losses: losses.mean(-1, keepdim=True),
@@ -160,6 +161,39 @@ def test_a_mean_taken_too_early_is_refused(name, of):
     estimator = build(RULE, family(), num_tasks=TASKS, horizon=T, meta_loss=mean, **PIECES[name])
     with pytest.raises(ValueError, match=r"like losses, got \(.*do not take the mean in it"):
         estimator.estimate(META, estimator.init(META, 0))
+
+
+@pytest.mark.parametrize("name", [name for name in PIECES if name != "score_function"])
+def test_one_value_for_all_steps_is_that_of_each(name):
+    """Task and copy are told apart, so that nothing is lost."""
+    forms = {
+        "without steps": LAST,
+        "of one step": lambda losses, evals, t, horizon: losses[-1:],
+        "of each": lambda losses, evals, t, horizon: losses[-1:].expand_as(losses),
+    }
+    found = {
+        form: one(getattr(estimators, name), of, None, **PIECES[name]) for form, of in forms.items()
+    }
+    want = found.pop("of each")
+    assert want.grads["lr"] != 0
+    for got in found.values():
+        assert torch.equal(got.loss, want.loss)
+        assert torch.equal(got.grads["lr"], want.grads["lr"])
+
+
+def test_steps_and_tasks_that_look_alike_are_not_mistaken():
+    """With as many steps as tasks, a mean over tasks is shaped like a value of each."""
+    options = {"truncation": TASKS, "std": 0.1}
+    over_tasks = lambda losses, evals, t, horizon: losses.mean(1)
+    for of in (over_tasks, LAST):
+        with pytest.raises(ValueError, match=r"keep their dimension, as losses\[-1:\] does"):
+            one(estimators.pes, of, None, **options)
+
+
+def test_credit_wants_the_step_of_a_value():
+    options = {"num_rollouts": 2, "std": 0.1}
+    with pytest.raises(ValueError, match=r"a value for each step.* got \(3, 2\)"):
+        one(estimators.score_function, LAST, None, **options)
 
 
 def test_tables_of_numbers_are_as_exact_as_the_losses():
