@@ -8,8 +8,9 @@ from typing import Any
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._gradient_based import gradient_based
 from fmeta.fewshot._inner_rule import inner_rule
-from fmeta.fewshot._model import as_model
+from fmeta.fewshot._model import as_model, check_adapts
 from fmeta.optimizer import Optimizer
+from fmeta.random import fold_in
 
 __all__ = ["anil"]
 
@@ -36,9 +37,13 @@ def anil(
     Returns:
         A `MetaLearner`.
 
+    Raises:
+        ValueError: a last layer of which all is frozen.
+
     Reference:
         Raghu et al., "Rapid learning or feature reuse?" (1909.09157), section 4.
     """
     model = as_model(network, options.get("batch_norm", "transductive"))
-    rule = inner_rule(lr, optimizer)
-    return gradient_based(model, rule, adapts=head or model.is_head, **options)
+    rule, adapts = inner_rule(lr, optimizer), head or model.is_head
+    check_adapts(adapts, list(model.init(fold_in(0))), network)
+    return gradient_based(model, rule, adapts=adapts, **options)

@@ -14,7 +14,7 @@ from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import Episode, Examples, MetaLearner, check_examples
 from fmeta.fewshot._losses import Loss, loss_named
 from fmeta.fewshot._meta_batch import Piece, Seen, by_gradient, estimate_by, shown, without_noise
-from fmeta.fewshot._model import Model, as_model, beside
+from fmeta.fewshot._model import Model, as_model, beside, check_adapts
 from fmeta.fewshot._parts import with_parts
 from fmeta.optimizer import Optimizer, check_optimizer_type
 from fmeta.random import fold_in
@@ -220,8 +220,7 @@ def gradient_based(
     model = as_model(network, batch_norm)
     names = list(model.init(fold_in(0)))
     adapts = adapts or (lambda name: True)
-    if not any(map(adapts, names)):
-        raise ValueError(f"adapts chooses none of the parameters {', '.join(names)}")
+    check_adapts(adapts, names, network)
     inner = Inner(
         model,
         optimizer,

@@ -14,7 +14,7 @@ from fmeta.fewshot._statistics import explicit
 from fmeta.functional import functionalize, moved
 from fmeta.tasks._networks import Network
 
-__all__ = ["BATCH_NORM", "Model", "as_model", "beside", "check_batch_norm"]
+__all__ = ["BATCH_NORM", "Model", "as_model", "beside", "check_adapts", "check_batch_norm"]
 
 BATCH_NORM = ("transductive", "support")
 
@@ -135,6 +135,27 @@ def beside(params: Any, more: Any, *, dtype: bool = True) -> Any:
     if dtype:
         like["dtype"] = known[0].dtype
     return trees.map(lambda x: x.to(**like), more)
+
+
+def check_adapts(adapts: Callable[[str], bool], names: list[str], network: Any) -> None:
+    """Raises a ValueError unless a parameter is chosen, which tells of those that are frozen.
+
+    Args:
+        adapts: ``adapts(name) -> bool``.
+        names: of the parameters that are not frozen.
+        network: what they are of.
+    """
+    if any(map(adapts, names)):
+        return
+    told = f"adapts chooses none of the parameters {', '.join(names)}"
+    everything = network.named_parameters() if isinstance(network, nn.Module) else ()
+    frozen = [name for name, _ in everything if name not in names and adapts(name)]
+    if frozen:
+        told += (
+            f", but only {', '.join(frozen)}, frozen and so never adapted: call .requires_grad_() "
+            "of those, or choose others"
+        )
+    raise ValueError(told)
 
 
 def check_batch_norm(batch_norm: str) -> None:

@@ -61,6 +61,24 @@ def test_a_network_that_is_wholly_frozen_is_refused():
         fewshot.maml(nn.Linear(2, 3).requires_grad_(False))
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        fewshot.anil,
+        lambda net: fewshot.anil(net, head=lambda name: name.startswith("1")),
+        lambda net: fewshot.maml(net, adapts=lambda name: name == "1.weight"),
+    ],
+    ids=["anil", "head", "maml"],
+)
+def test_what_adapts_but_is_frozen_is_told(build):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3).requires_grad_(False))
+    told = r"none of the parameters 0.weight, 0.bias, but only 1.weight.*frozen.*\.requires_grad_"
+    with pytest.raises(ValueError, match=told):
+        build(net)
+    with pytest.raises(ValueError, match=r"none of the parameters 0.weight, 0.bias$"):
+        fewshot.maml(net, adapts=lambda name: name == "2.weight")
+
+
 def test_a_missing_parameter_is_still_named():
     body, rest = parts()
     learner = fewshot.maml(nn.Sequential(body.requires_grad_(False), rest))
