@@ -234,9 +234,10 @@ class Policy:
             )
         each = torch.vmap(lambda c, p: tuple(self._std(meta_params, c, p)))
         for path, x in zip(trees.paths(params), each(config, params), strict=True):
-            if not x.is_meta and not bool(((x > 0) & x.isfinite()).all()):
+            wrong = None if x.is_meta else x[~((x > 0) & x.isfinite())]
+            if wrong is not None and len(wrong):
                 raise ValueError(
-                    f"std gives {float(x.min())} at path {path}, but it must be positive and "
+                    f"std gives {float(wrong[0])} at path {path}, but it must be positive and "
                     "finite: let it be the exponential of what is learned"
                 )
 
@@ -270,6 +271,6 @@ def check_std(std: Std) -> None:
         check_function("std", std, "meta_params", "config")
         return
     for x in trees.leaves(std):
-        least = float(x.min()) if isinstance(x, Tensor) else x
-        if not isinstance(least, (int, float)) or not 0 < least < math.inf:
-            raise ValueError(f"std must be positive and finite, got {least!r}")
+        for value in x.flatten().tolist() if isinstance(x, Tensor) else [x]:
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"std must be positive and finite, got {value!r}")

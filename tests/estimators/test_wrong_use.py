@@ -123,6 +123,7 @@ BUILT = [
     (["implicit"], "step_size", None, TypeError, "step_size must be a number, got None"),
     (["score_function"], "discount", "1", TypeError, "discount must be a number, got '1'"),
     (["score_function"], "relative", "x", TypeError, "relative must be True or False, got 'x'"),
+    (["score_function"], "std", torch.tensor([1.0, torch.inf]), ValueError, "finite, got inf"),
     (["score_function"], "std", lambda m: 1.0, TypeError, rf"std is {STD}.*takes \(m\)"),
 ]
 
@@ -263,6 +264,7 @@ STDS = [
     (lambda m, c: -0.1, ValueError, r"std gives -0\.1.* at path x.*exponential"),
     (lambda m, c: torch.tensor([1.0, 0.0, 1.0]), ValueError, r"std gives 0\.0 at path x"),
     (lambda m, c: torch.tensor(torch.nan), ValueError, "std gives nan at path x"),
+    (lambda m, c: torch.tensor([1.0, torch.inf, 2.0]), ValueError, "std gives inf at path x"),
 ]
 
 
