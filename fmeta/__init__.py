@@ -11,13 +11,14 @@ from typing import Any
 from fmeta import functional, optimizers, pretrained, random, schedules, trees
 from fmeta._coordinatewise import coordinatewise
 from fmeta._implicit import ImplicitGradient, implicit_gradient
+from fmeta._inner_step import InnerState, inner_step
 from fmeta._learn import learn
 from fmeta._plan import MemoryPlan, PlannedUnroll, plan_memory
 from fmeta._recomputed import recomputed
 from fmeta._scan import scan
 from fmeta._tensorwise import tensorwise
 from fmeta._treewise import treewise
-from fmeta._unroll import InnerState, Run, inner_step, unroll
+from fmeta._unroll import Run, unroll
 from fmeta.combinators import (
     accumulate,
     apply_if_finite,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._inner_step import InnerState, inner_step
 from fmeta._memory import keep_freed_memory
 from fmeta._trace import Traced
 from fmeta._trace_gradient import TracedWithGradient
-from fmeta._unroll import InnerState, inner_step, unroll
+from fmeta._unroll import unroll
 from fmeta.optimizer import Optimizer
 from fmeta.tasks import TaskFamily, extras_of_task, loss_of_task
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fmeta._autodiff import check_scalar, grad_and_value
-from fmeta._unroll import Run, check_modes, unroll
+from fmeta._inner_step import check_modes
+from fmeta._unroll import Run, unroll
 from fmeta.distributed import Ranks
 from fmeta.estimators._arguments import check_arguments
 from fmeta.estimators._contract import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
-from fmeta._unroll import check_modes
+from fmeta._inner_step import check_modes
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._advance import by_steps, by_unroll
 from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
