@@ -105,7 +105,7 @@ def unroll(
             delta`` and through ``hidden`` is never cut, and values are equal in all three.
         checkpoint: ``None``, ``"sqrt"`` or a number of snapshots, see `fmeta.scan`.
         mixed_mode: True: Hessian-vector products forward over reverse (2505.00793): same values,
-            less memory a step, more time on small models. ``"keep_gradients"`` (as there):
+            less memory a step, more time on small models. ``"keep_gradients"``:
             under ``checkpoint`` the gradients of all T steps are kept, so that steps that are run
             again do not evaluate the model: faster, for T times the size of the parameters;
             without ``checkpoint`` the same as True. With ``first_order`` there is no such product
