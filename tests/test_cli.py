@@ -359,7 +359,7 @@ def test_an_optimizer_that_is_not_there(capsys):
     assert "did you mean adam" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("estimator", ["nres", "es_single", "truncated", "full"])
+@pytest.mark.parametrize("estimator", ["nres", "es_single", "truncated", "full", "score_function"])
 def test_every_estimator_trains(tmp_path, finished, estimator):
     assert train(tmp_path, "--estimator", estimator) == 0
     other, of_pes = (metrics(f)[0] for f in (tmp_path, finished))

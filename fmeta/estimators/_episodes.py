@@ -37,18 +37,26 @@ class Drawn(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """Draws tasks and noise, each from integers ``(seed, estimate, task)``."""
+    """Draws tasks and noise, each from integers ``(seed, estimate, task)``.
+
+    Attributes:
+        family: of the tasks.
+        tasks: their indices in an estimate.
+        rollouts: trainings of each.
+        horizon: inner steps of a training.
+        eval_split: of the batches shown after each step; None: those of training.
+    """
 
     family: TaskFamily
-    num_tasks: int
+    tasks: range
     rollouts: int
     horizon: int
     eval_split: str | None
 
     def draw(self, seed: int, step: int, device: torch.device | None) -> Drawn:
-        tasks = [self._task(seed, step, i) for i in range(self.num_tasks)]
-        ints = [(seed, step, i) for i in range(self.num_tasks)]
-        config, params, batches, shown, noise = stack_tasks(tasks, device)
+        ints = [(seed, step, i) for i in self.tasks]
+        drawn = [self._task(*one) for one in ints]
+        config, params, batches, shown, noise = stack_tasks(drawn, device)
         return Drawn(config, params, batches, shown, noise, torch.tensor(ints, device=device))
 
     def _task(self, *ints: int) -> tuple[Tree, ...]:

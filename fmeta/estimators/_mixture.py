@@ -43,34 +43,32 @@ def shares(total: int, weights: tuple[float, ...]) -> list[int]:
 
 
 def over_families(
-    build: Callable[[TaskFamily, Any], Estimator],
+    build: Callable[[TaskFamily, Share], Estimator],
     family: TaskFamily | Mixture,
     total: int,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> Estimator:
     """The estimator of a family, or the mean of those of a mixture's families.
 
     Args:
-        build: ``build(family, number) -> Estimator``; with ``ranks`` ``build(family, share)``, a
-            `Share` of that number.
+        build: ``build(family, share) -> Estimator``.
         family: one, or a mixture.
         total: the number (of tasks, or of particles) to be shared.
-        ranks: who makes an estimate together; None: an estimator that one process makes.
+        ranks: who makes an estimate together.
 
     Returns:
         An `Estimator`; for a mixture its state is a tuple, a family's part has a seed of its own,
         and metrics have the families' tasks one after the other, told apart by ``"family"``.
     """
     if isinstance(family, TaskFamily):
-        return build(family, total if ranks is None else Share(ranks, total))
+        return build(family, Share(ranks, total))
     if not isinstance(family, Mixture):
         raise TypeError(
             f"family must be a TaskFamily or a mixture of them, got {type(family).__name__}: "
             "call one of fmeta.tasks, as digits()"
         )
-    numbers = shares(total, family.weights)
-    given = numbers if ranks is None else dealt(ranks, numbers)
-    parts = [build(f, n) for f, n in zip(family.families, given, strict=True)]
+    given = dealt(ranks, shares(total, family.weights))
+    parts = [build(f, share) for f, share in zip(family.families, given, strict=True)]
 
     def init(meta_params: Any, seed: int) -> tuple[Any, ...]:
         seeds = [fold_in(checked_seed(seed), i).initial_seed() % 2**62 for i in range(len(parts))]
@@ -91,7 +89,7 @@ def over_families(
     def scatter(state: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(p.scatter(s) for p, s in zip(parts, state, strict=True))
 
-    return Estimator(init, estimate, ranks or Ranks.alone(), gather, scatter)
+    return Estimator(init, estimate, ranks, gather, scatter)
 
 
 def _mean(estimates: list[Estimate]) -> Estimate:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
 from fmeta._numbers import check_real
+from fmeta.distributed import Ranks, Share
 from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
 from fmeta.estimators._contract import (
@@ -38,7 +39,7 @@ Tree = Any
 
 
 class ScoreFunctionState(NamedTuple):
-    """Where the stream of tasks stands, and what the baseline knows.
+    """Where the stream of tasks stands, and what the baseline knows; the same on all ranks.
 
     Attributes:
         seed: the seed of the run.
@@ -70,6 +71,7 @@ def score_function(
     checkpoint: str | int | None = None,
     chunk_size: int | None = None,
     trace: bool = True,
+    ranks: Ranks | None = None,
 ) -> Estimator:
     """REINFORCE: the rule gives the mean of a step, noise is added, and what pays is made likely.
 
@@ -124,6 +126,8 @@ def score_function(
         trace: the inner step is recorded once and replayed, with the same results; False where
             ``family.loss``, the rule, ``bind`` or ``std`` are no pure functions of tensors: a
             Python number that they read is read once, so noise that falls comes by ``meta_params``.
+        ranks: who share the tasks (`fmeta.distributed.joined`); default this process alone. The
+            baseline is over the tasks of all of them.
 
     Returns:
         An `Estimator`. Everything drawn for task i of estimate k is a function of ``(seed, k, i)``,
@@ -160,6 +164,7 @@ def score_function(
         eval_split=eval_split,
         chunk_size=chunk_size,
         trace=trace,
+        ranks=ranks,
     )
     check_std(std)
     check_real(discount=discount)
@@ -171,7 +176,7 @@ def score_function(
     if baseline == "rollouts" and num_rollouts < 2:
         raise ValueError("baseline='rollouts' compares rollouts of a task: give num_rollouts >= 2")
 
-    def build(family: TaskFamily, num_tasks: int) -> Estimator:
+    def build(family: TaskFamily, share: Share) -> Estimator:
         policy = Policy(
             optimizer,
             family,
@@ -182,12 +187,12 @@ def score_function(
             evaluate=eval_split is not None,
             trace=trace,
         )
-        episodes = Episodes(family, num_tasks, num_rollouts, horizon, eval_split)
+        episodes = Episodes(family, share.worked_on, num_rollouts, horizon, eval_split)
         lag = 1 if eval_split is None else 0
         credit = Credit(meta_loss or last_loss, float(discount), lag, BASELINES[baseline]())
-        return _of_family(policy, episodes, credit, checkpoint, chunk_size)
+        return _of_family(policy, episodes, credit, checkpoint, chunk_size, share)
 
-    return over_families(build, family, num_tasks)
+    return over_families(build, family, num_tasks, ranks or Ranks.alone())
 
 
 class Credit(NamedTuple):
@@ -198,14 +203,12 @@ class Credit(NamedTuple):
     lag: int
     baseline: Baseline
 
-    def assign(self, losses: Tensor, evals: Tensor | None, state: dict[str, Tensor]) -> Any:
-        """Values and advantages, ``(T, tasks, rollouts)``, and the baseline's state."""
+    def returns(self, losses: Tensor, evals: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Values and returns-to-go of some tasks, ``(T, tasks, rollouts)``."""
         steps, tasks = losses.shape[:2]
         t = torch.arange(steps, device=losses.device)[:, None].expand(steps, tasks)
         values = scored(self.score, losses, evals, t, torch.full_like(t, steps), by_step=True)
-        returns = returns_to_go(values, self.discount, self.lag)
-        expected, state = self.baseline.estimate(state, losses, returns)
-        return values, returns, returns - expected, state
+        return values, returns_to_go(values, self.discount, self.lag)
 
 
 def _of_family(
@@ -214,6 +217,7 @@ def _of_family(
     credit: Credit,
     checkpoint: str | int | None,
     chunk_size: int | None,
+    share: Share,
 ) -> Estimator:
     family, rollouts = episodes.family, episodes.rollouts
     shapes = _shapes(credit.baseline.init(episodes.horizon))
@@ -276,8 +280,13 @@ def _of_family(
             found = [roll_out(meta_params, part, horizon) for part in chunks]
             losses = _by_step([seen.loss for seen, _ in found])
             evals = _by_step([e for _, e in found]) if episodes.eval_split is not None else None
-            values, returns, advantages, known = credit.assign(losses, evals, state.baseline)
-            weights = advantages.permute(1, 2, 0) / (episodes.horizon * rollouts)
+            values, own_returns = credit.returns(losses, evals)
+            # A baseline is over the tasks of all ranks, so that it is the same on any number.
+            by_task = share.gather((losses.movedim(0, -1), own_returns.movedim(0, -1)))
+            losses_of_all, returns = (x.movedim(-1, 0) for x in by_task)
+            expected, known = credit.baseline.estimate(state.baseline, losses_of_all, returns)
+            advantages = returns - expected
+            weights = share.part(advantages.movedim(0, -1)) / (episodes.horizon * rollouts)
             parts, first = [], 0
             for part, (seen, _) in zip(chunks, found, strict=True):
                 n = len(part.ints)
@@ -285,17 +294,16 @@ def _of_family(
                 weight = weights[first : first + n]
                 parts.append(grad_and_value(total, own, part, seen, weight, horizon)[0])
                 first += n
-            metrics = {
-                "losses": losses,
-                "drawn": drawn.ints,
-                "baseline_explains": 1 - _power(advantages) / _power(returns),
-            }
             grads = trees.map(lambda *xs: torch.cat(xs), *parts)
             bad_step = first_bad_step(losses, evals, values)
-            estimate = mean_over_tasks(values.mean((0, 2)), grads, bad_step, metrics)
+            estimate = mean_over_tasks(
+                values.mean((0, 2)), grads, bad_step, {"drawn": drawn.ints}, share=share
+            )
+            estimate.metrics["losses"] = losses_of_all
+            estimate.metrics["baseline_explains"] = 1 - _power(advantages) / _power(returns)
         return estimate, ScoreFunctionState(state.seed, state.step + 1, known)
 
-    return Estimator(init, estimate)
+    return Estimator(init, estimate, share.ranks)
 
 
 def _shapes(baseline: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -13,7 +13,8 @@ from fmeta.tasks import TaskFamily
 __all__ = ["TrainConfig"]
 
 EVOLUTION = ("pes", "nres", "es_single", "es")
-ESTIMATORS = (*EVOLUTION, "truncated", "full")
+ESTIMATORS = (*EVOLUTION, "truncated", "full", "score_function")
+WHOLE = ("full", "score_function")  # of whole trainings, which have one length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +36,15 @@ class TrainConfig:
     online: bool = True
     """Shift, rotate and noise every batch afresh, so that training loss tells generalisation."""
     estimator: str = "pes"
-    """Of the meta-gradient: pes, nres, es_single, es, truncated (backprop of pieces) or full."""
+    """Meta-gradient: pes, nres, es_single, es, truncated (backprop), full or score_function."""
     num_tasks: int = 33
     """Trainings that one meta-gradient averages over (perturbed ones: pairs of them)."""
     horizons: tuple[int, ...] = (50, 100, 200)
-    """Inner steps of a training; each gets one of these (full: the longest)."""
+    """Inner steps of a training; each gets one of these (full, score_function: the longest)."""
     truncation: int = 20
-    """Inner steps between two outer steps (not for full)."""
+    """Inner steps between two outer steps (not for full and score_function)."""
     std: float = 0.03
-    """Standard deviation of the perturbations (of pes, nres, es_single and es)."""
+    """Standard deviation: pes, nres, es_single, es of the weights; score_function of a step."""
     num_steps: int = 220
     """Outer steps."""
     outer_lr: float = 4e-3
@@ -73,7 +74,7 @@ class TrainConfig:
     baselines: tuple[str, ...] = tuple(BASELINES)
     """Hand-made optimizers to tune and beat; longer trainings have adam, and two with a cosine."""
     compile: bool = False
-    """Compile the inner step (not for full): twice as fast, after a minute or so for each task."""
+    """Compile the inner step (pieces only): twice as fast, after a minute or so for each task."""
     tensorboard: bool = False
     """Also write event files to OUT/NAME/tensorboard (needs the extra fmeta[tensorboard])."""
     beside: bool = True
@@ -100,9 +101,9 @@ class TrainConfig:
                 f"num_tasks must be at least the number of tasks, got {self.num_tasks} for "
                 f"{len(self.tasks)} kinds"
             )
-        if self.compile and self.estimator == "full":
-            others = ", ".join(name for name in ESTIMATORS if name != "full")
-            raise ValueError(f"compile goes with the estimators {others}, not with full")
+        if self.compile and self.estimator in WHOLE:
+            names = ", ".join(name for name in ESTIMATORS if name not in WHOLE)
+            raise ValueError(f"compile goes with the estimators {names}, not with {self.estimator}")
         get_baselines(self.baselines)
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")

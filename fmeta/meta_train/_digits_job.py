@@ -114,22 +114,18 @@ def late_log_loss(losses: Tensor, evals: Tensor | None, t: Tensor, horizon: Tens
 
 def _estimator(config: TrainConfig, rule: Optimizer, ranks: Ranks) -> Estimator:
     family = mixture([config.family(name) for name in config.tasks])
+    shared: dict[str, Any] = {"num_tasks": config.num_tasks, "ranks": ranks}
+    whole = {**shared, "horizon": max(config.horizons), "checkpoint": "sqrt"}
     if config.estimator == "full":
-        return estimators.full(
-            rule,
-            family,
-            num_tasks=config.num_tasks,
-            horizon=max(config.horizons),
-            meta_loss=_late_log_loss_of_run,
-            checkpoint="sqrt",
-            ranks=ranks,
-        )
+        return estimators.full(rule, family, meta_loss=_late_log_loss_of_run, **whole)
+    if config.estimator == "score_function":
+        noise: dict[str, Any] = {"std": config.std, "baseline": "learned"}
+        return estimators.score_function(rule, family, meta_loss=late_log_loss, **noise, **whole)
     options: dict[str, Any] = {
-        "num_tasks": config.num_tasks,
+        **shared,
         "horizon": config.horizons,
         "truncation": config.truncation,
         "meta_loss": late_log_loss,
-        "ranks": ranks,
     }
     if config.estimator == "truncated":
         return estimators.truncated(rule, family, compile=config.compile, **options)

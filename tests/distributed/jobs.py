@@ -36,6 +36,7 @@ def quadratics(dim, worst=1.2):
 QUADRATIC = quadratics(3)
 MIXED = mixture([QUADRATIC, quadratics(5, worst=9.0)], weights=(2, 1))
 OPTIONS = {"horizon": (4, 6), "truncation": 3}
+NOISE = {"horizon": 4, "std": 0.1}
 
 
 def decayed(data, config, params, batch, meta):
@@ -68,6 +69,22 @@ ESTIMATORS = {
     "pes, one copy": lambda **o: estimators.pes(
         RULE, QUADRATIC, num_tasks=5, antithetic=False, **OPTIONS, **o
     ),
+    "score function": lambda **o: estimators.score_function(
+        RULE, QUADRATIC, num_tasks=5, baseline="moving", recurrent=False, **NOISE, **o
+    ),
+    "score function, learned baseline": lambda **o: estimators.score_function(
+        RULE, QUADRATIC, num_tasks=5, baseline="learned", chunk_size=2, **NOISE, **o
+    ),
+    "score function of a mixture": lambda **o: estimators.score_function(
+        RULE,
+        MIXED,
+        num_tasks=5,
+        num_rollouts=2,
+        baseline="rollouts",
+        eval_split="test",
+        **NOISE,
+        **o,
+    ),
 }
 
 
@@ -86,16 +103,23 @@ def by_path(tree):
     return dict(zip(trees.paths(tree), leaves, strict=True))
 
 
-def float32_estimate(ranks):
-    """A float32 estimate of the kind that the main job makes, the second one."""
+def float32_estimates(ranks):
+    """Float32 estimates of the kind that the main job makes, the second of each."""
     rule = fmeta.optimizers.basis_mlp()
-    family = fmeta.tasks.sinusoid()
-    estimator = estimators.pes(
-        rule, family, num_tasks=5, horizon=20, truncation=10, std=0.03, trace=False, ranks=ranks
-    )
-    state = estimator.init(rule.init(), 3)
-    _, state = estimator.estimate(rule.init(), state)
-    return estimator.estimate(rule.init(), state)[0].grads
+    options = {"num_tasks": 5, "horizon": 20, "std": 0.03, "trace": False, "ranks": ranks}
+    builders = {
+        "pes": lambda family: estimators.pes(rule, family, truncation=10, **options),
+        "score function": lambda family: estimators.score_function(
+            rule, family, baseline="learned", recurrent=False, **options
+        ),
+    }
+    found = {}
+    for name, build in builders.items():
+        estimator = build(fmeta.tasks.sinusoid())
+        state = estimator.init(rule.init(), 3)
+        _, state = estimator.estimate(rule.init(), state)
+        found[name] = estimator.estimate(rule.init(), state)[0].grads
+    return found
 
 
 def traffic(ranks, width):
@@ -107,8 +131,9 @@ def traffic(ranks, width):
     rule = fmeta.learn(fmeta.optimizers.sgd, {"lr": "log"}, lr=0.01)
     meta = {"weights": torch.zeros(width), **rule.init()}
     found = {}
-    for name, build in (("pes", estimators.pes), ("full", estimators.full)):
-        extra = {"truncation": 4} if name == "pes" else {}
+    of_each = {"pes": {"truncation": 4}, "full": {}, "score_function": {"std": 0.1}}
+    for name, extra in of_each.items():
+        build = getattr(estimators, name)
         estimator = build(
             rule,
             QUADRATIC,
@@ -178,7 +203,7 @@ def everything(ranks, folder):
     return {
         "estimates": {name: estimates(name, ranks) for name in ESTIMATORS},
         "summed": {name: estimates(name, not_redrawing(ranks)) for name in SUMMED},
-        "float32": float32_estimate(ranks),
+        "float32": float32_estimates(ranks),
         "traffic": {width: traffic(ranks, width) for width in (10, 1000)},
         "mean": mean(ranks),
         "few-shot": few_shot(ranks),
@@ -238,7 +263,14 @@ def not_redrawing(ranks):
 
 
 SUMMED = ("pes, a mixture", "pes, two tasks a particle", "pes, one copy", "nres")
-SOME = ("truncated, a mixture", "pes, two tasks a particle", "nres")
+SOME = (
+    "truncated, a mixture",
+    "pes, two tasks a particle",
+    "nres",
+    "score function",
+    "score function, learned baseline",
+    "score function of a mixture",
+)
 
 
 def some_estimates(ranks, folder):

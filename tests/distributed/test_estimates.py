@@ -59,13 +59,13 @@ def test_ranks_hold_the_same_bit_for_bit(on_two):
 
 
 def test_a_learned_rule_in_float32_to_1e_6_of_its_norm(jobs, on_two):
-    want = jobs.by_path(jobs.float32_estimate(Ranks.alone()))
-    got = jobs.by_path(on_two[0]["float32"])
-    apart, norm = (
-        torch.cat([x.double().flatten() for x in xs]).norm()
-        for xs in ([got[p] - x for p, x in want.items()], want.values())
-    )
-    assert apart <= 1e-6 * norm
+    for name, one in jobs.float32_estimates(Ranks.alone()).items():
+        want, got = jobs.by_path(one), jobs.by_path(on_two[0]["float32"][name])
+        apart, norm = (
+            torch.cat([x.double().flatten() for x in xs]).norm()
+            for xs in ([got[p] - x for p, x in want.items()], want.values())
+        )
+        assert apart <= 1e-6 * norm, name
 
 
 def test_evolution_strategies_exchange_scalars_and_gradients_one_sum(on_two):
@@ -75,6 +75,27 @@ def test_evolution_strategies_exchange_scalars_and_gradients_one_sum(on_two):
     assert kinds == ["all_reduce", "all_gather"]
     reduced = [int(found["full"][0].split()[1]) for found in (few, many)]
     assert reduced == [4 * (10 + 2), 4 * (1000 + 2)]  # the weights, a rate, the number of tasks
+
+
+def test_a_policy_exchanges_its_returns_one_sum_and_numbers_of_tasks(on_two):
+    found = [on_two[0]["traffic"][width]["score_function"] for width in (10, 1000)]
+    assert [[text.split()[0] for text in one] for one in found] == 2 * [
+        ["all_gather", "all_reduce", "all_gather"]
+    ]
+    sent = [[int(text.split()[1]) for text in one] for one in found]
+    returns, numbers = 2 * 4 * 2 * 8, 2 * 49  # of two tasks: losses and returns of four steps
+    assert sent == [[returns, 4 * (width + 2), numbers] for width in (10, 1000)]
+
+
+def test_baselines_know_the_tasks_of_all_ranks(alone, on_two):
+    """So that the next estimate does not depend on who made which task."""
+    names = {"score function": "mean", "score function, learned baseline": "moment"}
+    for name, known in names.items():
+        path = f"baseline/{known}"
+        want = alone[name]["state"][path]
+        assert want.any()
+        for found in on_two:
+            close({path: found["estimates"][name]["state"][path]}, {path: want})
 
 
 def test_maml_on_two_ranks_gives_what_one_does(jobs, on_two):

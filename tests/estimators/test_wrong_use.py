@@ -69,7 +69,6 @@ WHOLE = ["full", "forward"]
 LEARNED = ["full", "forward", "implicit"]
 SCORED = [name for name in ALL if name != "implicit"]
 STAGGERED = [name for name in OF_PIECES if name != "es_single"]
-TOGETHER = [name for name in ALL if name != "score_function"]
 BOUND = r"called as bind\(meta_params, config\)"
 STD = r"called as std\(meta_params, config\)"
 BY_STEP = "losses, eval_losses, t, horizon"
@@ -104,7 +103,7 @@ BUILT = [
     (EVOLUTION, "antithetic", 1, TypeError, "antithetic must be True or False, got 1"),
     (EVOLUTION, "trace", None, TypeError, "trace must be True or False, got None"),
     (EVOLUTION, "compile", "yes", TypeError, "compile must be True or False, got 'yes'"),
-    (TOGETHER, "ranks", 2, TypeError, r"ranks must be fmeta\.distributed\.Ranks.*joined.*got 2"),
+    (ALL, "ranks", 2, TypeError, r"ranks must be fmeta\.distributed\.Ranks.*joined.*got 2"),
     (SCORED, "meta_loss", "final", TypeError, r"meta_loss must be a function.*got 'final'"),
     (WHOLE, "meta_loss", lambda a, b: a, TypeError, r"meta_loss\(run\), but.*takes \(a, b\)"),
     (OF_PIECES, "meta_loss", lambda a: a, TypeError, rf"meta_loss\({BY_STEP}\), but.*\(a\)"),
