@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmeta.tasks._networks import Network, activation_named, affine, uniform
+from fmeta.tasks._networks import Network, activation_named, uniform
 
 __all__ = ["cnn"]
 
@@ -38,24 +38,27 @@ def cnn(side: int, channels: Sequence[int], outputs: int, activation: str) -> Ne
         return params
 
     def apply(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        x = x.reshape(-1, side, side, 1)
+        x = x.flatten(1).T.reshape(1, side, side, -1)
         for i in range(len(channels)):
-            x = act(_conv(x, params[f"conv{i}.w"]) + params[f"conv{i}.b"])
-        return affine(params, "head", x.flatten(1))
+            x = act(_conv(x, params[f"conv{i}.w"]) + params[f"conv{i}.b"][:, None, None, None])
+        # The head has the channels of a place side by side.
+        x = x.permute(1, 2, 0, 3).flatten(0, 2)
+        return (params["head.w"].T @ x + params["head.b"][:, None]).T
 
     return Network(init, apply)
 
 
 def _conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolution of ``x``: (batch, side, side, channels) by one matrix product.
+    """Convolution of ``x``: (channels, side, side, batch) by one matrix product.
 
     Kernels that differ by task make a batched convolution a grouped one, which on a CPU is no
-    faster than one after another; a matrix product of patches is.
+    faster than one after another; a matrix product of patches is. With the batch last all that is
+    copied lies side by side, however few channels there are.
     """
-    n, side, half = x.shape[0], x.shape[1], (x.shape[1] + 1) // 2
+    side, half = x.shape[1], (x.shape[1] + 1) // 2
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
     # By slices, for `Tensor.unfold` has no batched backward.
     corners = [(i, j) for i in range(3) for j in range(3)]
-    patches = torch.cat([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners], -1)
-    matrix = kernel.permute(2, 3, 1, 0).flatten(0, 2)
-    return (patches.reshape(n * half * half, -1) @ matrix).reshape(n, half, half, -1)
+    patches = torch.cat([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners])
+    matrix = kernel.permute(0, 2, 3, 1).flatten(1)
+    return (matrix @ patches.reshape(matrix.shape[1], -1)).reshape(-1, half, half, x.shape[-1])
