@@ -45,8 +45,11 @@ except ImportError:
     jax = None
 
 TRUNCATION, HORIZON, BATCH, STD = 20, 200, 128, 0.01
-# Members at a time, the fastest of 8 and 32 for each.
-CHUNKS = {"eager": 32, "recorded": 32, "compiled": 64, "JAX": 8}
+# Members at a time, the fastest of those tried for each; a CNN has more to keep in the cache.
+CHUNKS = {
+    "mlp": {"eager": 32, "recorded": 32, "compiled": 64, "JAX": 8},
+    "cnn": {"eager": 32, "recorded": 32, "compiled": 16, "JAX": 8},
+}
 RULES = ("adafactor_mlp", "mlp", "normalized_mlp")
 WAYS: dict[str, dict[str, dict[str, bool]]] = {
     "pes": {"eager": {"trace": False}, "recorded": {}, "compiled": {"compile": True}},
@@ -85,7 +88,7 @@ def chain(name: str, model: str, kind: str, particles: int, way: str) -> Call:
         num_tasks=particles,
         horizon=HORIZON,
         truncation=TRUNCATION,
-        chunk_size=CHUNKS[way],
+        chunk_size=CHUNKS[model][way],
         **options,
         **WAYS[kind][way],
     )
@@ -108,7 +111,7 @@ def chain_in_jax(name: str, model: str, kind: str, particles: int) -> Call:
     theta = in_jax(rule_of(name).init())
     common: Any = (rules[name](), problem_of(model), theta, particles)
     sizes: Any = {"steps": TRUNCATION, "horizon": HORIZON, "batch_size": BATCH}
-    chunk = CHUNKS["JAX"]
+    chunk = CHUNKS[model]["JAX"]
     if kind == "pes":  # whose chunks are of tasks, with two members each
         call: Call = pes_chain(*common, **sizes, std=STD, chunk=min(chunk // 2, particles))
     else:
