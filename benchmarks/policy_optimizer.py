@@ -16,16 +16,21 @@ initial weights, with the same outer optimizer:
 - "unrolls of 5": backpropagation through whole trainings of 5 steps.
 
 Beside them the untrained rule, and SGD and Adam with rates tuned for 40 steps of the same family.
-All are run, without noise, on the same new tasks. "at 40", "at 400": the loss there, mean of 5
-steps; "drift": the difference, above 0 where going on did harm; "worst": the largest loss of steps
-41 to 400; "kicked": 40 steps after normal noise of deviation 2 was added to the parameters of step
-40, where the hidden state went on; "kicked hard": the same with 8. Intervals are over tasks (95 %,
-paired where differences are told); with ``--meta-seeds`` above 1 each way is meta-trained so often,
-and the losses of a task are the mean over these.
+All are run, without noise, on new tasks. "at 40", "at 400": the loss there, mean of 5 steps;
+"drift": the difference, above 0 where going on did harm; "worst": the largest loss of steps 41 to
+400. Kicks add normal noise of deviation 2 to the parameters of steps 10, 40 and 200, one at a time,
+where the hidden state goes on: "kicked" is the loss 40 steps after, mean of 5 steps, "recovery"
+the mean loss of the 40 steps, both the mean over the three kicks; "kicked hard" is the loss 40
+steps after a kick of deviation 8 at step 40.
 
-Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 3 minutes.
-In parts: ``--folder runs/policy`` keeps what was meta-trained and goes on from there; ``--only
-"small net"`` leaves out the other tasks.
+Each way is meta-trained anew for each of the meta-seeds, which have initial weights, tasks of
+meta-training and new tasks of their own, common to all ways: so the differences between two ways
+are independent from one meta-seed to the next, and the intervals (95 %, Student's t) are over
+meta-seeds, whose difference is a mean over tasks. They cover what is drawn of both.
+
+Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 50 minutes.
+In parts: ``--folder runs/policy`` keeps what was meta-trained and measured, and goes on from there;
+``--only "small net"`` leaves out the other tasks; fewer ``--meta-seeds``, less ``--seconds``.
 """
 
 from __future__ import annotations
@@ -65,13 +70,15 @@ FAMILIES = {
     "small net": small_net(),
 }
 HORIZON, LONGER = 40, 400
-KICKS = {"kicked": 2.0, "kicked hard": 8.0}
+KICKED, HARD = (10, 40, 200), 40  # steps at which parameters are kicked
+SIZE, HARD_SIZE = 2.0, 8.0  # deviations
+NEW = 128  # tasks on which each meta-seed's rules are compared
 NOISE = (0.3, 0.05)  # deviation of the policy's steps when meta-training begins, and at its end
 RATES = {"policy": 0.08, "truncated 5 / 40": 0.02, "unrolls of 5": 0.02}  # of the outer optimizer
 NEW_TASKS, OF_KICKS, TUNING = 7_000_001, 7_000_002, 7_000_003  # seeds
 POLICY, PIECES, SHORT = RATES
 UNTRAINED, SGD, ADAM = "untrained", "tuned SGD", "tuned Adam"
-QUANTITIES = ("at 40", "at 400", "drift", "worst", *KICKS)
+QUANTITIES = ("at 40", "at 400", "drift", "worst", "kicked", "recovery", "kicked hard")
 Contender = tuple[fmeta.Optimizer, Any]
 
 
@@ -177,10 +184,8 @@ class Trained(NamedTuple):
     steps: dict[str, int]  # outer steps made
 
 
-def meta_train(family: TaskFamily, seed: int, seconds: float, kept: Path | None) -> Trained:
+def meta_train(family: TaskFamily, seed: int, seconds: float) -> Trained:
     """All ways, in turn: who has used the least time goes on."""
-    if kept is not None and kept.exists():
-        return Trained(**torch.load(kept, weights_only=True))
     start = RULE.init(fold_in(seed))
     trainings = {
         name: MetaTraining(estimator, RATES[name], start, seed, seconds)
@@ -188,68 +193,65 @@ def meta_train(family: TaskFamily, seed: int, seconds: float, kept: Path | None)
     }
     while (next_one := min(trainings.values(), key=lambda x: x.used)).left > 0:
         next_one.go_on()
-    trained = Trained(
+    return Trained(
         {name: x.weights for name, x in trainings.items()},
         {name: x.steps for name, x in trainings.items()},
     )
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(trained._asdict(), kept)
-    return trained
 
 
-def train(contender: Contender, family: TaskFamily, tasks: int, steps: int) -> dict[str, Tensor]:
-    """Losses ``(tasks, steps)``: ``"plain"``, and of 40 steps after each kick at step 40."""
+def train(
+    contender: Contender, family: TaskFamily, seed: int, tasks: int, steps: int
+) -> dict[str, Tensor]:
+    """Losses ``(tasks, steps)`` of ``"plain"``, and ``(tasks, 40)`` after each kick."""
     rule, weights = contender
-    drawn = stack_tasks([sample_task(family, steps, NEW_TASKS, i) for i in range(tasks)])
-    noise = trees.stack([_normal(family, i) for i in range(tasks)])
+    seed += NEW_TASKS
+    drawn = stack_tasks([sample_task(family, steps, seed, i) for i in range(tasks)])
+    noise = trees.stack([_normal(family, seed, i) for i in range(tasks)])
+    kicks = {f"kicked at {at}": (at, SIZE) for at in KICKED} | {"kicked hard": (HARD, HARD_SIZE)}
+    kicks = {name: kick for name, kick in kicks.items() if kick[0] + HORIZON <= steps}
+    ends = sorted({at for at, _ in kicks.values()} | {steps})
     loss_fn = loss_of_task(family)
 
     def one(config: Any, params: Any, batches: Any, noise: Any) -> dict[str, Tensor]:
-        def go_on(params: Any, batches: Any, hidden: Any) -> fmeta.Run:
-            return fmeta.unroll(
-                rule,
-                loss_fn,
-                weights,
-                params,
-                batches,
-                loss_args=(config,),
-                hidden=hidden,
-                num_steps=steps,
-            )
+        def go_on(params: Any, hidden: Any, first: int, last: int) -> fmeta.Run:
+            part = trees.map(lambda x: x[first:last], batches)
+            options = {"loss_args": (config,), "hidden": hidden, "num_steps": steps}
+            return fmeta.unroll(rule, loss_fn, weights, params, part, **options)
 
-        first, rest = (
-            trees.map(lambda x, part=part: x[part], batches)
-            for part in (slice(HORIZON), slice(HORIZON, None))
-        )
-        run = go_on(params, first, None)
-        found = {"plain": torch.cat([run.losses, go_on(run.params, rest, run.hidden).losses])}
-        for name, size in KICKS.items():
-            thrown = trees.map(lambda p, z, size=size: p + size * z, run.params, noise)
-            soon = trees.map(lambda x: x[:HORIZON], rest)
-            found[name] = go_on(thrown, soon, run.hidden).losses
-        return found
+        found, plain, hidden, at = {}, [], None, 0
+        for end in ends:
+            run = go_on(params, hidden, at, end)
+            params, hidden, at = run.params, run.hidden, end
+            plain.append(run.losses)
+            for name, (when, size) in kicks.items():
+                if when == end:
+                    thrown = trees.map(lambda p, z, size=size: p + size * z, params, noise)
+                    found[name] = go_on(thrown, hidden, end, end + HORIZON).losses
+        return found | {"plain": torch.cat(plain)}
 
     with torch.no_grad():
-        found: dict[str, Tensor] = torch.vmap(one)(
+        losses: dict[str, Tensor] = torch.vmap(one)(
             drawn.config, drawn.model_params, drawn.batches, noise
         )
-    return found
+    return losses
 
 
-def _normal(family: TaskFamily, task: int) -> Any:
-    generator = fold_in(OF_KICKS, task)
-    params = sample_task(family, 1, NEW_TASKS, task).model_params
+def _normal(family: TaskFamily, seed: int, task: int) -> Any:
+    generator = fold_in(OF_KICKS, seed, task)
+    params = sample_task(family, 1, seed, task).model_params
     return trees.map(lambda p: torch.randn(p.shape, generator=generator), params)
 
 
-def quantities(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of each task, ``(tasks,)``."""
+def quantities(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the tasks of a meta-seed."""
     plain = losses["plain"]
-    early, late = plain[:, HORIZON - 5 : HORIZON].mean(1), plain[:, -5:].mean(1)
-    kicked = [losses[name][:, -5:].mean(1) for name in KICKS]
-    values = (early, late, late - early, plain[:, HORIZON:].amax(1), *kicked)
-    return dict(zip(QUANTITIES, values, strict=True))
+    early, late = plain[:, HORIZON - 5 : HORIZON].mean(), plain[:, -5:].mean()
+    kicked = torch.stack([x for name, x in losses.items() if name.startswith("kicked at")])
+    found = (
+        *(early, late, late - early, plain[:, HORIZON:].amax(1).mean()),
+        *(kicked[..., -5:].mean(), kicked.mean(), losses["kicked hard"][:, -5:].mean()),
+    )
+    return {name: float(x) for name, x in zip(QUANTITIES, found, strict=True)}
 
 
 def tuned(family: TaskFamily, build: Callable[[Any], Any], quick: bool) -> tuple[Contender, float]:
@@ -266,65 +268,113 @@ def tuned(family: TaskFamily, build: Callable[[Any], Any], quick: bool) -> tuple
     return (build(found.rate), ()), found.rate
 
 
-def contenders(
-    family: TaskFamily, trained: dict[int, Trained], quick: bool
-) -> tuple[dict[str, list[Contender]], dict[str, str]]:
-    """By name, one for each meta-training; and what is to be said of them."""
-    found: dict[str, list[Contender]] = {}
-    notes: dict[str, str] = {}
-    for name in RATES:
-        found[name] = [(RULE, one.weights[name]) for one in trained.values()]
-        notes[name] = "/".join(str(one.steps[name]) for one in trained.values()) + " outer steps"
-    found[UNTRAINED] = [(RULE, RULE.init(fold_in(seed))) for seed in trained]
-    notes[UNTRAINED] = ""
-    for name, build in ((SGD, optimizers.sgd), (ADAM, optimizers.adam)):
-        contender, rate = tuned(family, build, quick)
-        found[name], notes[name] = [contender], f"rate {rate:.3g}"
-    return found, notes
+class Measured(NamedTuple):
+    """What is known of a task and a meta-seed.
+
+    Attributes:
+        values: by contender and quantity.
+        curves: means over tasks, by contender and kind of training.
+        notes: what is to be said of the meta-training.
+    """
+
+    values: dict[str, dict[str, float]]
+    curves: dict[str, dict[str, Tensor]]
+    notes: dict[str, str]
 
 
-def rows_of(task: str, values: dict[str, dict[str, Tensor]], notes: dict[str, str]) -> list[Any]:
-    """Means, and how far the policy is below each other one: ``policy - it``, with its interval."""
-    rows = []
-    for name, own in values.items():
-        row: dict[str, Any] = {"task": task, "rule": name, "meta-training": notes[name]}
+def measure(
+    family: TaskFamily,
+    seed: int,
+    seconds: float,
+    by_hand: dict[str, tuple[Contender, float]],
+    tasks: int,
+    steps: int,
+    kept: Path | None,
+) -> Measured:
+    """All contenders of a meta-seed, on its new tasks."""
+    if kept is not None and kept.exists():
+        return Measured(**torch.load(kept, weights_only=True)["measured"])
+    trained = meta_train(family, seed, seconds)
+    found: dict[str, Contender] = {name: (RULE, w) for name, w in trained.weights.items()}
+    found |= {UNTRAINED: (RULE, RULE.init(fold_in(seed)))}
+    found |= {name: contender for name, (contender, _) in by_hand.items()}
+    notes = {name: str(n) for name, n in trained.steps.items()} | {UNTRAINED: ""}
+    notes |= {name: f"rate {rate:.3g}" for name, (_, rate) in by_hand.items()}
+    losses = {name: train(one, family, seed, tasks, steps) for name, one in found.items()}
+    measured = Measured(
+        {name: quantities(own) for name, own in losses.items()},
+        {name: {k: x.mean(0) for k, x in own.items()} for name, own in losses.items()},
+        notes,
+    )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"trained": trained._asdict(), "measured": measured._asdict()}, kept)
+    return measured
+
+
+def told(several: list[Measured]) -> dict[str, dict[str, Any]]:
+    """By contender and quantity: means, and ``policy - it`` with its interval over meta-seeds."""
+
+    def each(name: str, q: str) -> Tensor:
+        return torch.tensor([one.values[name][q] for one in several], dtype=torch.float64)
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in several[0].values:
+        found[name] = {"meta-training": [one.notes[name] for one in several]}
         for q in QUANTITIES:
-            row[q] = f"{float(own[q].mean()):.3f}"
-            if name != POLICY:
-                mean, low, high = paired_difference(values[POLICY][q], own[q])
+            own, of_policy = each(name, q), each(POLICY, q)
+            found[name][q] = {"mean": float(own.mean()), "of meta-seeds": own.tolist()}
+            if name != POLICY and len(several) > 1:
+                found[name][q]["policy minus it"] = paired_difference(of_policy, own)
+    return found
+
+
+def rows_of(task: str, numbers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for name, own in numbers.items():
+        notes = own["meta-training"]
+        row = {"task": task, "rule": name}
+        row["outer steps"] = notes[0] if len(set(notes)) == 1 else f"{min(notes)} to {max(notes)}"
+        for q in QUANTITIES:
+            row[q] = f"{own[q]['mean']:.3f}"
+            if "policy minus it" in own[q]:
+                mean, low, high = own[q]["policy minus it"]
                 row[q] += f" ({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
         rows.append(row)
     return rows
 
 
-def told(values: Tensor, of_policy: Tensor) -> dict[str, Any]:
-    """For the JSON: means, and ``policy - it`` with its interval; both ``(meta-seeds, tasks)``."""
-    return {
-        "mean": float(values.mean()),
-        "of meta-trainings": values.mean(1).tolist(),
-        "policy minus it": paired_difference(of_policy.mean(0), values.mean(0)),
-    }
+def verdicts(numbers: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, str]]:
+    """Whether the policy is better than the other ways, by the interval."""
+    rows = []
+    for other in (SHORT, PIECES):
+        for task, own in numbers.items():
+            row = {"against": other, "task": task}
+            for q in QUANTITIES:
+                _, low, high = own[other][q]["policy minus it"]
+                row[q] = "better" if high < 0 else "worse" if low > 0 else "level"
+            rows.append(row)
+    return rows
 
 
-def draw(path: Path, curves: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+def draw(path: Path, curves: dict[str, list[dict[str, dict[str, Tensor]]]]) -> None:
     figure, axes = grid_of_axes(2 * len(curves))
     names = (POLICY, PIECES, SHORT, SGD, ADAM)
     colours = dict(zip(names, (*PALETTE[:3], INK, MUTED), strict=True))
-    for i, (task, by_name) in enumerate(curves.items()):
+    for i, (task, by_seed) in enumerate(curves.items()):
         whole, after = axes[i], axes[len(curves) + i]
         for name, colour in colours.items():
-            for axis, part in ((whole, "plain"), (after, "kicked hard")):
-                mean = by_name[name][part].mean(0)
+            for axis, part in ((whole, "plain"), (after, f"kicked at {HARD}")):
+                mean = torch.stack([own[name][part] for own in by_seed]).mean(0)
                 style = "--" if name in (SGD, ADAM) else "-"
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.5, ls=style, label=name)
         whole.axvline(HORIZON, color="0.6", lw=0.8, ls=":")
         whole.set(title=task, xlabel="step (dotted: the longest that was learned from)")
-        log_scale(whole, "x")
-        size = KICKS["kicked hard"]
-        after.set(title=f"{task}, kicked by {size:g} at step {HORIZON}")
+        after.set(title=f"{task}, kicked by {SIZE:g} at step {HARD}")
         after.set_xlabel("steps after the kick")
         for axis in (whole, after):
             axis.set_ylabel("loss, mean over tasks")
+            log_scale(axis, "x")
             log_scale(axis, "y")
     axes[0].legend(fontsize=8)
     write(path, figure)
@@ -336,43 +386,39 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw them into this .png file")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="keeps what is meta-trained")
     parser.add_argument("--only", choices=list(FAMILIES), action="append", help="these tasks")
-    parser.add_argument("--seconds", type=float, default=13.0, help="CPU time of a meta-training")
-    parser.add_argument("--meta-seeds", type=int, default=1, help="meta-trainings of each way")
-    parser.add_argument("--seed", type=int, default=0, help="of the first of them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time of a meta-training")
+    parser.add_argument("--meta-seeds", type=int, default=8, help="meta-trainings of each way")
+    parser.add_argument("--seed", type=int, default=0, help="the first of them")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seconds = 0.5 if args.quick else args.seconds
-    seeds = range(args.seed, args.seed + (1 if args.quick else args.meta_seeds))
-    tasks, steps = (4, 2 * HORIZON) if args.quick else (128, LONGER)
+    seeds = range(args.seed, args.seed + (2 if args.quick else args.meta_seeds))
+    tasks, steps = (4, 2 * HORIZON) if args.quick else (NEW, LONGER)
     began = time.process_time()
-    rows, numbers, curves = [], {}, {}
-    for task in args.only or FAMILIES:
-        family = FAMILIES[task]
-        kept = {s: args.folder and args.folder / f"{task.replace(' ', '-')}-{s}.pt" for s in seeds}
-        trained = {s: meta_train(family, s, seconds, kept[s]) for s in seeds}
-        found, notes = contenders(family, trained, args.quick)
-        runs = {
-            name: trees.stack([train(one, family, tasks, steps) for one in several])
-            for name, several in found.items()
+    chosen = args.only or list(FAMILIES)
+    by_hand = {
+        task: {
+            name: tuned(FAMILIES[task], build, args.quick)
+            for name, build in ((SGD, optimizers.sgd), (ADAM, optimizers.adam))
         }
-        # Of each task, the mean over meta-trainings.
-        curves[task] = {
-            name: {part: x.mean(0) for part, x in run.items()} for name, run in runs.items()
-        }
-        # Quantities of each meta-training, ``(meta-seeds, tasks)``.
-        each = {name: torch.vmap(quantities)(run) for name, run in runs.items()}
-        values = {name: {q: x.mean(0) for q, x in own.items()} for name, own in each.items()}
-        numbers[task] = {
-            name: {q: told(x, each[POLICY][q]) for q, x in own.items()}
-            for name, own in each.items()
-        }
-        rows += rows_of(task, values, notes)
-        print(table(rows[-len(found) :]) + "\n", flush=True)
-    print("In brackets: the policy minus this one, mean and 95 % interval over the same tasks.")
-    print(f"{tasks} tasks, {time.process_time() - began:.0f} s of CPU time in all.")
+        for task in chosen
+    }
+    found: dict[str, list[Measured]] = {task: [] for task in chosen}
+    for seed in seeds:
+        for task in chosen:
+            kept = args.folder and args.folder / f"{task.replace(' ', '-')}-{seed}.pt"
+            given = (by_hand[task], tasks, steps, kept)
+            found[task].append(measure(FAMILIES[task], seed, seconds, *given))
+            print(f"{task}, meta-seed {seed}: {time.process_time() - began:.0f} s", flush=True)
+    numbers = {task: told(several) for task, several in found.items()}
+    rows = [row for task, own in numbers.items() for row in rows_of(task, own)]
+    print("\n" + table(rows) + "\n")
+    print("In brackets: the policy minus this one, mean and 95 % interval over meta-seeds.\n")
+    if len(seeds) > 1:
+        print("The policy, by these intervals:\n" + table(verdicts(numbers)) + "\n")
     if args.figure is not None:
-        draw(args.figure, curves)
+        draw(args.figure, {task: [one.curves for one in own] for task, own in found.items()})
     finish(
         args.json,
         {
