@@ -288,9 +288,8 @@ def compare(name: str, order: str, num_tasks: int, ways: list[str], rounds: int)
     exact = in_double(PROBLEMS[name](2))
     check_equal({w: WAYS[w](exact, order) for w in ways if w != "fmeta, compiled"}, 1e-8)
     check_equal(calls, EQUAL[name])
-    if name == "sinusoid":
-        for _ in range(30):  # after which the operations are recorded
-            calls["fmeta"]()
+    for _ in range(30 if name == "sinusoid" else 32 // num_tasks):
+        calls["fmeta"]()  # whose operations are recorded after 30 meta-batches, or images' tasks
     seconds = _timing.median_times(calls, rounds, warmup=1 if name == "sinusoid" else 0)
     loops = [s for way, s in seconds.items() if way in PEERS and "vmap" not in way]
     batched = [s for way, s in seconds.items() if way in PEERS]
@@ -396,7 +395,7 @@ def main() -> None:
     for name in options.problems:
         for num_tasks in (2,) if options.quick else (4, 32):
             for order in ORDERS:
-                turns = max(1, rounds[name] // (3 if name == "cnn" and num_tasks == 32 else 1))
+                turns = rounds[name]
                 rows += compare(name, order, num_tasks, ways, turns)
                 print(_timing.table(rows[-len(ways) :]), flush=True)
         tasks, steps = (2, 8) if options.quick else (4 if name == "cnn" else 32, LONG)

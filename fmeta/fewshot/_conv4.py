@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmeta._convolutions import conv2d, max_pool2d
 from fmeta.fewshot._model import Model
 from fmeta.tasks._networks import affine
 
@@ -95,7 +96,7 @@ def conv4(
         x = x.reshape(-1, in_channels, side, side)
         seen = []
         for i in range(blocks):
-            x = F.conv2d(x, params[f"conv{i}.w"], params[f"conv{i}.b"], padding=1)
+            x = conv2d(x, params[f"conv{i}.w"], params[f"conv{i}.b"], padding=1)
             if batch_norm:
                 mean = stats[i][0] if stats else x.mean((0, 2, 3))
                 x = x - mean[:, None, None]
@@ -104,7 +105,7 @@ def conv4(
                 seen.append((mean, var))
                 scale = params[f"norm{i}.w"] * (var + 1e-5).rsqrt()
                 x = x * scale[:, None, None] + params[f"norm{i}.b"][:, None, None]
-            x = F.max_pool2d(F.relu(x), 2)
+            x = F.relu(max_pool2d(x, 2))  # in the other order the same, on four times as much
         return x.flatten(1), tuple(seen)
 
     def head(params: Any, features: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ from fmeta._memory import keep_freed_memory
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
-from fmeta.fewshot._meta_batch import over_episodes
+from fmeta.fewshot._meta_batch import (
+    how_many_together,
+    one_by_one,
+    over_episodes,
+    without_noise,
+)
 from fmeta.fewshot._source import Source, draw, likeness
 
 __all__ = ["Scores", "evaluate"]
@@ -69,7 +74,8 @@ def evaluate(
         split: of the source.
         num_steps: of ``adapt``, other than in meta-training; None: the learner's own.
         loss: as of `gradient_based`.
-        batch_size: episodes worked on together; no effect on the result but by rounding.
+        batch_size: episodes drawn together, and worked on together unless the network convolves
+            on a CPU; no effect on the result but by rounding.
         num_threads: threads that work on a batch each; no effect on the result.
 
     Returns:
@@ -104,8 +110,13 @@ def evaluate(
             for cast in casts:
                 modes.enter_context(torch.autocast(**cast))
             episodes = draw(source, rows, split=split, **like)
-            values: tuple[Tensor, Tensor] = over_episodes(one)(episodes.support, episodes.query)
-        return values
+            if how_many_together(meta_params, episodes) > 1:
+                values: tuple[Tensor, Tensor] = over_episodes(one)(episodes.support, episodes.query)
+                return values
+            alone = without_noise(one)
+            found = one_by_one(lambda e: alone(e.support, e.query), episodes)
+            losses, accuracies = map(torch.stack, zip(*found, strict=True))
+        return losses, accuracies
 
     found = _by_threads(batch, range(0, num_episodes, batch_size), num_threads)
     losses, accuracies = (torch.cat(parts) for parts in zip(*found, strict=True))

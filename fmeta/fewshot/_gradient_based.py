@@ -195,8 +195,8 @@ def gradient_based(
         step_weights: ``step_weights(progress, num_steps) -> (num_steps,)``: the meta-loss is the
             weighted sum of the query losses after each step; None: the last one alone.
         chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
-            convolutions as many as have about 100 support examples, whose activations stay in the
-            caches.
+            convolutions one, and of episodes of less than 40 examples as many as have about 100
+            support examples, whose activations stay in the caches.
         compile: compile the meta-gradient at the first call for each shape of meta-batch: minutes
             of compilation, faster after that, equal to rounding only.
         record: after thirty estimates of a shape replay the operations they consist of, the same to

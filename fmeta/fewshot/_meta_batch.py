@@ -23,7 +23,16 @@ from fmeta.estimators._contract import check_meta_params
 from fmeta.fewshot._contract import Episode, check_examples
 from fmeta.fewshot._losses import accuracy_of
 
-__all__ = ["Seen", "by_gradient", "estimate_by", "over_episodes", "shown", "without_noise"]
+__all__ = [
+    "Seen",
+    "by_gradient",
+    "estimate_by",
+    "how_many_together",
+    "one_by_one",
+    "over_episodes",
+    "shown",
+    "without_noise",
+]
 
 Tree = Any
 # piece(meta_params, episode, progress) -> (gradient, (value, Seen)): the part of one episode.
@@ -35,8 +44,10 @@ _BEFORE_RECORDING = 30
 # Shapes of meta-batches that are recorded. Sets of many sizes would else fill the memory, at some
 # megabytes each.
 _RECORDINGS = 16
-# Support examples at once of networks that convolve on a CPU: then what they make fits its caches.
-_IN_CACHE = 100
+# Of networks that convolve on a CPU: examples of an episode from which it is worked on by itself
+# (measured: 30 are as fast either way), and else support examples at once, so that what they make
+# fits the caches.
+_ALONE, _IN_CACHE = 40, 100
 _NOISE = (
     "the network or the loss draws random numbers (dropout in train mode?), but what a learner "
     "gives must be a function of its arguments: call .eval() of the module first"
@@ -88,15 +99,17 @@ def estimate_by(
 
     Args:
         piece: one episode's part.
-        chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
-            convolutions as many as fit its caches.
+        chunk_size: episodes that are worked on together; None: `how_many_together`.
         compile, record: as of `gradient_based`.
         at: makes a tensor for the piece of the part of meta-training that is over.
         check: raises what is wrong with a meta-batch.
     """
 
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
-        return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
+        if len(episodes.support.y) > 1:
+            return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
+        [found] = one_by_one(lambda e: without_noise(piece)(meta_params, e, progress), episodes)
+        return trees.map(lambda x: x.unsqueeze(0), found)
 
     def all_of_it(meta_params: Tree, episodes: Episode, progress: Tensor) -> Estimate:
         parts, rest = together(meta_params, episodes, progress)
@@ -134,7 +147,7 @@ def estimate_by(
             # Which hold for one layout in memory.
             run, whole = _explained(recorded), _explained(recorded_whole)
             meta_params, episodes = trees.map(Tensor.contiguous, (meta_params, episodes))
-        size = chunk_size or _size_in_cache(meta_params, episodes)
+        size = chunk_size or how_many_together(meta_params, episodes)
         chunks = _chunks(episodes, size)
         with torch.no_grad():  # nothing outside is being differentiated: plain autograd inside
             now = at(progress)
@@ -218,12 +231,24 @@ def _is_plain(*given: Tree) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in leaves)
 
 
-def _size_in_cache(meta_params: Tree, episodes: Episode) -> int:
+def how_many_together(meta_params: Tree, episodes: Episode) -> int:
+    """Episodes that are worked on together, if nobody says how many.
+
+    All, but of networks that convolve on a CPU: `vmap` makes one grouped convolution of those of
+    several tasks, which is slow there, and saves calls where examples are few.
+    """
     tasks, examples = episodes.support.y.shape[:2]
     convolves = any(x.ndim == 4 for x in trees.leaves(meta_params))
-    if convolves and episodes.support.x.device.type == "cpu":
-        return max(1, _IN_CACHE // examples)
-    return tasks
+    if not convolves or episodes.support.x.device.type != "cpu":
+        return tasks
+    if examples + episodes.query.y.shape[1] >= _ALONE:
+        return 1
+    return max(1, _IN_CACHE // examples)
+
+
+def one_by_one(fn: Callable[[Any], Any], episodes: Episode) -> list[Any]:
+    """``fn(episode)`` of each, outside of `vmap`."""
+    return [fn(trees.map(lambda x, i=i: x[i], episodes)) for i in range(len(episodes.support.y))]
 
 
 def _chunks(episodes: Episode, size: int) -> list[Episode]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fmeta import trees
+from fmeta._convolutions import fast_convolutions
 from fmeta.fewshot._statistics import explicit
 from fmeta.functional import functionalize, moved
 from fmeta.tasks._networks import Network
@@ -96,6 +98,8 @@ def _of_module(module: nn.Module, explicit_statistics: bool) -> Model:
     params = {name: p for name, p in everything.items() if name in moving}
     frozen = {name: p for name, p in everything.items() if name not in moving}
     known = next(iter(params))
+    # It looks at every call of a function, so that it is for networks that convolve.
+    fast = fast_convolutions if any(p.ndim == 4 for p in everything.values()) else nullcontext
 
     def constants(now: Any) -> dict[str, Tensor]:
         """What is frozen, where and in which dtype the parameters are now."""
@@ -108,7 +112,8 @@ def _of_module(module: nn.Module, explicit_statistics: bool) -> Model:
     def apply(params: Any, x: Tensor, stats: Any = ()) -> tuple[Tensor, Any]:
         if frozen:
             params = {**params, **constants(params)}
-        return with_stats(params, buffers, x, stats)
+        with fast():
+            return with_stats(params, buffers, x, stats)
 
     def init(generator: torch.Generator) -> dict[str, Tensor]:
         return {name: p.clone() for name, p in params.items()}  # to be changed without harm

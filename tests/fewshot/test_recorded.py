@@ -143,13 +143,32 @@ def test_chunks_are_recorded_and_give_the_same(monkeypatch, chunk_size):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
-def test_convolutions_on_a_cpu_go_in_chunks():
+@pytest.mark.parametrize(("queries", "together"), [(15, 1), (14, 4)])
+def test_convolutions_on_a_cpu_go_one_by_one_or_in_chunks(queries, together):
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
     params = dict(net.named_parameters())
     x, y = torch.zeros(32, 25, 1, 4, 4), torch.zeros(32, 25)
-    episodes = fewshot.Episode(fewshot.Examples(x, y), fewshot.Examples(x, y))
-    assert _meta_batch._size_in_cache(params, episodes) == 4
-    assert _meta_batch._size_in_cache({"w": torch.zeros(2, 2)}, episodes) == 32
+    query = fewshot.Examples(x[:, :queries], y[:, :queries])
+    episodes = fewshot.Episode(fewshot.Examples(x, y), query)
+    assert _meta_batch.how_many_together(params, episodes) == together
+    assert _meta_batch.how_many_together({"w": torch.zeros(2, 2)}, episodes) == 32
+
+
+def test_an_episode_alone_gives_what_it_gives_among_others():
+    episodes = trees.map(
+        lambda x: x.double() if x.is_floating_point() else x, kit.points(2, features=256)[1]
+    )
+    learner, alone = (
+        fewshot.maml(fewshot.conv4(kit.WAYS, side=16, channels=4), num_steps=2, chunk_size=size)
+        for size in (2, 1)
+    )
+    meta_params = trees.map(torch.Tensor.double, learner.init())
+    for a, b in zip(
+        trees.leaves(learner.estimate(meta_params, episodes)),
+        trees.leaves(alone.estimate(meta_params, episodes)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.slow
