@@ -1,10 +1,10 @@
 """Update rules as a few compiled kernels: what the rules share.
 
-A rule's functions of one tensor are cut where a number is needed that only a whole pass over the
+A rule's function of one tensor is cut where a number is needed that only a whole pass over the
 tensor gives (a mean, a root mean square). Between two cuts everything (moments, features, the small
-network) is elementwise, and `torch.compile` makes one loop of it: features never leave the
-registers. The network is written out unit by unit, since a matrix product would need its inputs in
-memory. The same source gives C++ on a CPU and Triton on a GPU.
+network) is elementwise, and Inductor makes one loop of it: features never leave the registers. The
+network is written out unit by unit, since a matrix product would need its inputs in memory. The
+same source gives C++ on a CPU and Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as _shapes
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta._inductor import written_out_options
+from fmeta._trace import recording
 
-__all__ = ["FUSED_NUMEL", "compiled", "layer", "of_one_order", "one_loop", "sums_of_squares"]
+__all__ = [
+    "FUSED_NUMEL",
+    "compiled",
+    "in_memory",
+    "layer",
+    "of_one_order",
+    "one_loop",
+    "recorded",
+    "sums_of_squares",
+]
 
 # Smaller tensors are stacked and updated together, which no compiled loop would make faster.
 FUSED_NUMEL = 2**13
@@ -48,6 +59,34 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args)
 
     return run
+
+
+@functools.cache
+def recorded(
+    fn: Callable[..., list[Tensor]],
+    example: Callable[[torch.device, torch.dtype], Sequence[Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[..., Sequence[Tensor]]:
+    """``fn`` recorded and compiled, once a process, for contiguous tensors of any sizes.
+
+    What is compiled knows no size of its tensors, so unlike with `torch.compile` nothing has to be
+    looked at before a call, and nothing is compiled again for an axis of size 1: a call costs half
+    as much, which is what counts for models of many small tensors.
+
+    Args:
+        fn: a function of a module, of contiguous tensors; it may change them in place.
+        example: tensors to record it with; axes that may differ have different sizes above 1.
+    """
+    with recording, torch.inference_mode(False), torch.no_grad():
+        graph = make_fx(fn, tracing_mode="symbolic")(*example(device, dtype))
+        given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        return torch._inductor.compile(graph, given, options=written_out_options())
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``x``, which a compiled function is to store and not to compute again where it is used."""
+    return torch.as_strided(x, x.shape, x.stride())
 
 
 def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Tensor]) -> list[Tensor]:

@@ -14,17 +14,16 @@ from fmeta._lift import lift
 from fmeta._newton_schulz import orthogonalize as orthogonalized
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
-from fmeta.optimizers._features import is_unobserved, start_factored, tiled_means
+from fmeta.optimizers._features import is_unobserved, start_factored
+from fmeta.optimizers._forms import form_of
 from fmeta.optimizers._fused import FUSED_NUMEL
-from fmeta.optimizers._layout import small_matrices_first, small_matrices_inside
+from fmeta.optimizers._layout import small_matrices_first
 from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
-from fmeta.optimizers._normalized_mlp_fused import fused_delta
+from fmeta.optimizers._normalized_mlp_fused import Weights, fused, start_in
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
-    axes_in,
     axes_of,
-    clamped,
     direction,
     normalized_delta,
 )
@@ -129,8 +128,11 @@ def normalized_mlp(
         if p.ndim < 2:
             state = {name: torch.zeros_like(p) for name in MOMENTS}
             return {**state, "v": p.new_zeros(*p.shape, len(DECAYS))}
-        layout = small_matrices_first(tuple(p.shape))
         # In memory as they are worked on.
+        form = form_of(tuple(p.shape), 0, len(DECAYS)) if compile else None
+        if form is not None:
+            return start_in(form, p)
+        layout = small_matrices_first(tuple(p.shape))
         like = p if layout is None else layout.empty(p)
         state = {name: torch.zeros_like(like) for name in MOMENTS}
         row, col = start_factored(p, len(DECAYS))
@@ -161,8 +163,11 @@ def normalized_mlp(
             return normalized_delta(step, p, lr, weight_decay, axes), h
         if axes.factored is not None and is_unobserved(p, g, *h.values(), *th.values(), *numbers):
             size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
-            if compile and not batch and p.numel() > min(FUSED_NUMEL, size):
-                return _fused(th, p, g, h, lr, weight_decay, post, size)
+            if compile and p.numel() > min(FUSED_NUMEL, size) and not p.is_meta:
+                form = form_of(tuple(p.shape), batch, len(DECAYS))
+                if form is not None:
+                    given = weights.fused, form, p, g, h, batch
+                    return fused(*given, lr, weight_decay, post, own)
             return tiled(weights.net, p, g, h, batch, lr, weight_decay, post, size, own)
         if chunk is None or p.numel() <= chunk:
             step, h = direction(th, p, g, h, axes)
@@ -249,39 +254,9 @@ class _Weights:
     def net(self) -> Net:
         return Net(self.th)
 
-
-def _fused(
-    th: Tree,
-    p: Tensor,
-    g: Tensor,
-    h: dict[str, Tensor],
-    lr: Any,
-    weight_decay: Any,
-    post: Any,
-    size: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fused_delta` in the order of axes that suits the tensor."""
-    axes = axes_of(tuple(p.shape))
-    assert axes.factored is not None
-    d1, d0 = axes.factored
-    means = tiled_means(lambda x, out: clamped(x, out).square_(), g, axes.factored, size)
-    layout = small_matrices_inside(tuple(p.shape))
-    if layout is None:
-        return fused_delta(th, p, g, h, axes, means, lr, weight_decay, post)
-    lacking = {"row": d0, "col": d1}
-    # Detached: of a view, torch compiles for the strides of what it is a view of.
-    state = {k: layout.into(x).detach().contiguous() for k, x in h.items() if k not in lacking}
-    state |= {k: layout.into_without(h[k], axis) for k, axis in lacking.items()}
-    means = (layout.into_without(means[0], d0), layout.into_without(means[1], d1))
-    lr, weight_decay = (
-        layout.into(x) if isinstance(x, Tensor) and x.ndim else x for x in (lr, weight_decay)
-    )
-    within = None if post is None else lambda x: layout.into(post(layout.back(x)))
-    inside, p, g = axes_in(layout, axes), layout.into(p), layout.into(g)
-    delta, new = fused_delta(th, p, g, state, inside, means, lr, weight_decay, within)
-    found = {k: layout.back(x) for k, x in new.items() if k not in lacking}
-    found |= {k: layout.back_without(new[k], axis) for k, axis in lacking.items()}
-    return layout.back(delta), found
+    @functools.cached_property
+    def fused(self) -> Weights:
+        return Weights(self.th)
 
 
 def _adamw(

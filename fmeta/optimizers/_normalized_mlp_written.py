@@ -41,7 +41,8 @@ def written_out(
     new |= net.second_moments(h, square.mean(d0), square.mean(d1))
     sides = net.factored_features(th, new, axes)
     moments = [new[name] for name in net.MOMENTS]
-    rows = features(moments, sides.row_factor, sides.col_factor, p, g)
+    factors = sides.row_factor.unbind(0), sides.col_factor.unbind(0)
+    rows = features(moments, *factors, p, g)
     squares = torch.stack([x.square().sum() for x in rows])
     w = net.main_columns(th) * torch.rsqrt(squares / p.numel() + 1e-9)
     bias = zip(sides.row_bias.unbind(0), sides.col_bias.unbind(0), strict=True)
