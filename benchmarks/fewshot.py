@@ -6,7 +6,7 @@ and 32 tasks in a meta-batch. On sinusoids from 10 points (net 1-40-40-1, relu) 
 images (28x28, four blocks of convolution 3x3 with 32 filters, relu, pooling). Then
 50 inner steps, plain and with ``checkpoint="sqrt"``. Before they are timed all ways are checked to
 give equal gradients: to 1e-8 in float64 on two tasks, and in float32, in which they are timed, to
-1e-4 on sinusoids and 1e-2 on images (where a rounded number may fall on the other side of a relu or
+1e-4 on sinusoids and 5e-2 on images (where a rounded number may fall on the other side of a relu or
 a maximum). Peers that are not installed are left out, and said to be.
 
     python -m pip install higher torchopt learn2learn
@@ -38,7 +38,7 @@ STEPS, LONG = 5, 50
 LR = 0.01
 # Times the speed of the fastest peer, at 32 tasks: (bar, stretch).
 BARS = {"sinusoid": (6.0, 8.0), "cnn": (0.9, 1.2)}
-EQUAL = {"sinusoid": 1e-4, "cnn": 1e-2}  # in float32, over the largest number of the gradient
+EQUAL = {"sinusoid": 1e-4, "cnn": 5e-2}  # in float32, over the largest number of the gradient
 MEMORY_BAR = 1 / 5  # of 50 steps with "sqrt", over 50 steps without
 ORDERS = ("second", "first")
 
