@@ -16,7 +16,6 @@ from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
 from fmeta.optimizers._features import is_unobserved, start_factored
 from fmeta.optimizers._forms import form_of
-from fmeta.optimizers._fused import FUSED_NUMEL
 from fmeta.optimizers._layout import small_matrices_first
 from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
 from fmeta.optimizers._normalized_mlp_fused import Weights, fused, start_in
@@ -48,6 +47,8 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 }
 # Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
 _TILE = 2**16
+# Larger ones (and larger stacks) are compiled; below it, a call is most of the time either way.
+_COMPILED = 2**9
 _DIRECTION = 7  # the row of m * rsqrt(rms) with decay 0.9
 
 
@@ -163,7 +164,7 @@ def normalized_mlp(
             return normalized_delta(step, p, lr, weight_decay, axes), h
         if axes.factored is not None and is_unobserved(p, g, *h.values(), *th.values(), *numbers):
             size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
-            if compile and p.numel() > min(FUSED_NUMEL, size) and not p.is_meta:
+            if compile and p.numel() > min(_COMPILED, size) and not p.is_meta:
                 form = form_of(tuple(p.shape), batch, len(DECAYS))
                 if form is not None:
                     given = weights.fused, form, p, g, h, batch

@@ -15,7 +15,7 @@ from torch import Tensor
 from fmeta._trace import for_compiler
 from fmeta.optimizers import _normalized_mlp_net as net
 from fmeta.optimizers._fused import layer
-from fmeta.optimizers._normalized_mlp_fused import features
+from fmeta.optimizers._normalized_mlp_loops import features
 
 __all__ = ["is_written_out", "written_out"]
 
