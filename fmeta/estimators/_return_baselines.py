@@ -63,6 +63,36 @@ def _rollouts() -> Baseline:
     return Baseline(lambda steps: {}, estimate)
 
 
+def _fitted() -> Baseline:
+    """The mean of the other rollouts, and a slope times how far the loss is from theirs.
+
+    The slope of each step is by least squares on earlier estimates. A rollout whose loss is above
+    that of the others has bad luck behind it, which is no fault of the steps to come.
+    """
+
+    def init(steps: int) -> State:
+        zeros = torch.zeros(steps, dtype=torch.float64)
+        return {"product": zeros, "square": zeros.clone(), "weight": zeros[0].clone()}
+
+    def estimate(state: State, losses: Tensor, returns: Tensor) -> tuple[Tensor, State]:
+        state = _on(returns, state)
+        expected = _mean_of_others(returns, 2)
+        ahead = losses - _mean_of_others(losses, 2)
+        # Before the first step all rollouts are alike, but for rounding.
+        ridged = state["square"] + _RIDGE * state["square"].mean()
+        slope = torch.where(ridged > 0, state["product"] / ridged, 0.0).to(returns.dtype)
+        sound = (returns.isfinite() & losses.isfinite()).all(0)
+        x, y = (torch.where(sound, x, 0.0).double() for x in (ahead, returns - expected))
+        count = sound.sum()
+        new = {
+            name: (x * z).flatten(1).sum(1) / count for name, z in (("product", y), ("square", x))
+        }
+        new["weight"] = torch.ones_like(state["weight"])
+        return expected + slope[:, None, None] * ahead, _blended(state, new, count)
+
+    return Baseline(init, estimate)
+
+
 def _moving() -> Baseline:
     """Of each step, the mean over earlier estimates."""
 
@@ -155,4 +185,5 @@ BASELINES: dict[Any, Callable[[], Baseline]] = {
     "moving": _moving,
     "learned": _learned,
     "rollouts": _rollouts,
+    "fitted_rollouts": _fitted,
 }

@@ -45,7 +45,7 @@ class ScoreFunctionState(NamedTuple):
         seed: the seed of the run.
         step: the number of estimates made.
         baseline: tensors by name; of ``"moving"`` the mean return of each step, of ``"learned"``
-            the normal equations of its least squares.
+            and ``"fitted_rollouts"`` the normal equations of their least squares.
     """
 
     seed: int
@@ -107,9 +107,12 @@ def score_function(
             - ``"learned"``: a linear function of features of t and the loss before the step, fitted
               by least squares to earlier estimates;
             - ``"rollouts"``: the mean of ``G_t`` over the task's other rollouts;
+            - ``"fitted_rollouts"``: the same, and for each t a slope, fitted by least squares to
+              earlier estimates, times how far the loss before the step is from theirs;
             - None: 0.
 
-            The two that learn take the mean of all other trainings in the first estimate.
+            ``"moving"`` and ``"learned"`` take the mean of all other trainings in the first
+            estimate, ``"fitted_rollouts"`` a slope of 0.
         recurrent: the hidden state of the rule counts as part of the policy, differentiated through
             all steps before, where it depends on what is learned (an LSTM, learned decays): without
             it the gradient is biased for those. For all other rules False gives the same, faster:
@@ -137,10 +140,10 @@ def score_function(
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, ``discount`` outside of 0 to 1, an unknown
-            baseline, ``"rollouts"`` with one rollout, an optimizer that needs what the family's
-            ``extras`` do not give; later, a ``meta_loss``, a start or a ``std`` of another shape,
-            a ``std`` that is not above 0 where it is a function, model parameters that depend on
-            ``meta_params``, a state of another baseline.
+            baseline, one of other rollouts where there are none, an optimizer that needs what the
+            family's ``extras`` do not give; later, a ``meta_loss``, a start or a ``std`` of another
+            shape, a ``std`` that is not above 0 where it is a function, model parameters that
+            depend on ``meta_params``, a state of another baseline.
         TypeError: no optimizer, no family, no function (or one of other arguments), no flag, no
             number; later, a meta-parameter that is no floating tensor, a seed that is no integer,
             a state of another estimator.
@@ -173,8 +176,10 @@ def score_function(
     if baseline not in BASELINES:
         names = ", ".join(map(repr, BASELINES))
         raise ValueError(f"unknown baseline {baseline!r}: there are {names}")
-    if baseline == "rollouts" and num_rollouts < 2:
-        raise ValueError("baseline='rollouts' compares rollouts of a task: give num_rollouts >= 2")
+    if baseline in ("rollouts", "fitted_rollouts") and num_rollouts < 2:
+        raise ValueError(
+            f"baseline={baseline!r} compares rollouts of a task: give num_rollouts >= 2"
+        )
 
     def build(family: TaskFamily, share: Share) -> Estimator:
         policy = Policy(

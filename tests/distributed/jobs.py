@@ -80,7 +80,7 @@ ESTIMATORS = {
         MIXED,
         num_tasks=5,
         num_rollouts=2,
-        baseline="rollouts",
+        baseline="fitted_rollouts",
         eval_split="test",
         **NOISE,
         **o,

@@ -112,7 +112,7 @@ def close(got, want, tol=1e-10):
 # The mean
 
 
-@pytest.mark.parametrize("baseline", [None, "moving", "learned", "rollouts"])
+@pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_its_mean_is_the_gradient_of_the_expected_loss(baseline, recurrent):
     estimator = build(baseline=baseline, recurrent=recurrent, **MANY)
@@ -124,7 +124,7 @@ def test_its_mean_is_the_gradient_of_the_expected_loss(baseline, recurrent):
 
 def test_the_first_estimate_is_unbiased_too():
     # Where nothing has been learned, the other trainings are the baseline.
-    for baseline in ("moving", "learned"):
+    for baseline in ("moving", "learned", "fitted_rollouts"):
         estimator = build(baseline=baseline, **MANY)
         found = torch.cat([draws(estimator, 1, seed=s, skip=0) for s in range(40)])
         assert errors_away(found, true_gradient()) < 4
@@ -315,7 +315,42 @@ def test_the_learned_baseline_is_the_least_squares_fit_to_earlier_estimates():
     assert got.std() > 0.02
 
 
-@pytest.mark.parametrize("name", ["moving", "learned", "rollouts"])
+def test_the_slope_of_fitted_rollouts_is_the_least_squares_fit_to_earlier_estimates():
+    """Against NumPy's solver, as above: of each step, of differences from the other rollouts."""
+    generator = fmeta.random.fold_in(3)
+    losses, returns = torch.rand(2, 3, 5, 8, 4, generator=generator, **DOUBLE)
+    returns += torch.arange(5.0)[:, None, None] * losses
+    baseline = BASELINES["fitted_rollouts"]()
+    state = baseline.init(5)
+    close(baseline.estimate(state, losses[0], returns[0])[0], others(returns[0]))
+    for i in range(2):
+        state = baseline.estimate(state, losses[i], returns[i])[1]
+    got = baseline.estimate(state, losses[2], returns[2])[0]
+    for t in range(5):
+        root = np.sqrt([0.9, 1.0])[:, None, None]
+        x, y = (root * (v[:2, t] - others(v[:2, t])).numpy() for v in (losses, returns))
+        slope = np.linalg.lstsq(x.reshape(-1, 1), y.reshape(-1), rcond=None)[0][0]
+        now = losses[2, t]
+        close(got[t], others(returns[2, t]) + slope * (now - others(now)), 1e-4)
+        assert abs(slope - t) < 0.5
+
+
+def others(values):
+    """Of each rollout the mean of the task's others."""
+    return (values.sum(-1, keepdim=True) - values) / (values.shape[-1] - 1)
+
+
+def test_fitted_rollouts_take_away_the_luck_of_earlier_steps():
+    """Which is what rollouts differ by where there is noise and little that undoes it."""
+    left = {}
+    for name in ("rollouts", "fitted_rollouts"):
+        estimator = build(num_tasks=10, num_rollouts=8, baseline=name, horizon=10, discount=0.5)
+        found = estimates(estimator, 4, meta=GENTLE)[-1]
+        left[name] = 1 - float(found.metrics["baseline_explains"])
+    assert left["fitted_rollouts"] < 0.7 * left["rollouts"]
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name])
 def test_a_baseline_knows_nothing_of_the_training_that_it_is_for(name):
     """So its part in the gradient has mean zero."""
     baseline = BASELINES[name]()
@@ -342,7 +377,7 @@ def test_moving_means_are_those_of_earlier_estimates():
 # Draws, state, and how it is worked out
 
 
-@pytest.mark.parametrize("baseline", [None, "moving", "learned", "rollouts"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_the_laws_hold(baseline):
     estimator = build(quadratics(True), baseline=baseline, num_rollouts=2)
     assert set(check_estimator(estimator, META).held) == set(ESTIMATOR_LAWS) - {"unbiased"}
@@ -434,7 +469,7 @@ def test_leaves_that_a_rule_leaves_alone_have_no_noise():
 # Trainings that diverge
 
 
-@pytest.mark.parametrize("baseline", [None, "moving", "learned", "rollouts"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_tasks_that_diverge_are_left_out(baseline):
     ids = [quadratics(True).sample(fmeta.random.fold_in(0, 0, i, 0))["id"] for i in range(4)]
     bad = sorted(ids)[2]
@@ -449,10 +484,11 @@ def test_tasks_that_diverge_are_left_out(baseline):
     assert found[1].metrics["baseline_explains"].isfinite()
 
 
-@pytest.mark.parametrize("baseline", ["moving", "learned"])
+@pytest.mark.parametrize("baseline", ["moving", "learned", "fitted_rollouts"])
 def test_when_all_diverge_the_baseline_keeps_what_it_knows(baseline):
-    estimator = build(baseline=baseline)
-    broken = build(quadratics(is_bad=lambda id: id >= 0), baseline=baseline)
+    options = {"baseline": baseline, "num_rollouts": 2}
+    estimator = build(**options)
+    broken = build(quadratics(is_bad=lambda id: id >= 0), **options)
     _, state = estimator.estimate(META, estimator.init(META, 0))
     found, after = broken.estimate(META, state)
     assert found.loss.isnan()
@@ -481,6 +517,7 @@ def test_a_mixture_has_a_part_of_each():
         ({"discount": 1.5}, "discount must be between 0 and 1, got 1.5"),
         ({"baseline": "value"}, "unknown baseline 'value': there are None, 'moving', 'learned'"),
         ({"baseline": "rollouts"}, "give num_rollouts >= 2"),
+        ({"baseline": "fitted_rollouts"}, "give num_rollouts >= 2"),
         ({"rule": RULE._replace(needs=frozenset({"noise"}))}, "needs noise, but"),
     ],
 )
