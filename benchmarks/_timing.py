@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -51,24 +52,38 @@ def arguments(description: str | None, *parts: str) -> argparse.Namespace:
 
 
 def median_times(
-    competitors: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+    competitors: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, turn: float = 0.0
 ) -> dict[str, float]:
-    """Median CPU seconds of each call; in every round each competitor runs once.
+    """Median CPU seconds of each call; in every round each competitor has its turn.
 
     Args:
         competitors: name -> call; what it returns is dropped before the next one starts.
         repeats: number of rounds that count.
         warmup: rounds before them.
+        turn: seconds that a turn lasts at least, in calls one after the other, as in a loop of
+            training; of calls of some milliseconds a single one would find the caches full of what
+            the others left there.
     """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    calls = {name: _calls_in(turn, call) for name, call in competitors.items()}
     for round_ in range(warmup + repeats):
         for name, call in competitors.items():
             gc.collect()
             start = time.process_time()
-            call()
+            for _ in range(calls[name]):
+                call()
             if round_ >= warmup:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append((time.process_time() - start) / calls[name])
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def _calls_in(turn: float, call: Callable[[], Any]) -> int:
+    if not turn:
+        return 1
+    call()
+    start = time.process_time()
+    call()
+    return max(1, math.ceil(turn / (time.process_time() - start)))
 
 
 def peak_memory(module: str, function: str, *args: Any, repeats: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""How formulas that are written out number by number are compiled."""
+"""How what was recorded, and formulas written out number by number, are compiled."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["written_out_options"]
+__all__ = ["recorded_options", "written_out_options"]
 
+# Kernels of some microseconds: to call them from Python takes as long as they do.
+_RECORDED: dict[str, Any] = {"cpp_wrapper": True}
 # As it is, torch stores partial sums of many terms (and a layer of a network has many) and goes
 # over them in several loops; and it rounds each product before it is added.
-_OPTIONS: dict[str, Any] = {
+_WRITTEN_OUT: dict[str, Any] = {
     "realize_opcount_threshold": 10**6,
     "realize_cpu_opcount_threshold": 10**6,
     "realize_acc_reads_threshold": 10**6,
@@ -22,5 +24,14 @@ _OPTIONS: dict[str, Any] = {
 
 def written_out_options() -> dict[str, Any]:
     """``options`` of `torch.compile`: those that this version of torch knows."""
+    return _known(_WRITTEN_OUT)
+
+
+def recorded_options(written_out: bool = False) -> dict[str, Any]:
+    """The same for a recorded graph, of formulas that are written out or not."""
+    return _known({**_RECORDED, **(_WRITTEN_OUT if written_out else {})})
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
     known = torch._inductor.list_options()
-    return {name: value for name, value in _OPTIONS.items() if name in known}
+    return {name: value for name, value in options.items() if name in known}

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta import trees
-from fmeta._inductor import written_out_options
+from fmeta._inductor import recorded_options
+from fmeta._products import turn_products
 
 __all__ = [
     "VIEWS",
@@ -128,7 +129,8 @@ class Traced:
         if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
-            options = written_out_options() if self.written_out else None
+            turn_products(module)
+            options = recorded_options(self.written_out)
             return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation
 
