@@ -81,6 +81,18 @@ def test_two_processes_make_the_run_of_one_and_one_of_them_speaks(alone, tmp_pat
     assert said.read_text().count("everything is in") == 1
 
 
+def test_the_rule_as_a_policy_whose_baseline_is_over_the_tasks_of_all(tmp_path):
+    found = []
+    for processes in (1, 2, 4):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        job = train(out, processes, *SETTINGS, "--estimator", "score_function")
+        assert job.wait(300) == 0, (out / "said.txt").read_text()
+        found.append(rows(out))
+    same(found[1], found[0])
+    same(found[2], found[0])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_and_three_processes_go_on(alone, tmp_path, rank):
     job = train(tmp_path, 2, *SETTINGS)
