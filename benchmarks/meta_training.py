@@ -45,11 +45,9 @@ except ImportError:
     jax = None
 
 TRUNCATION, HORIZON, BATCH, STD = 20, 200, 128, 0.01
-# Members at a time, the fastest of those tried for each; a CNN has more to keep in the cache.
-CHUNKS = {
-    "mlp": {"eager": 32, "recorded": 32, "compiled": 64, "JAX": 8},
-    "cnn": {"eager": 32, "recorded": 32, "compiled": 16, "JAX": 8},
-}
+# Members at a time, the fastest of those tried for each (of a CNN, too: 16 compiled is slower, for
+# calls cost the same however few they are).
+CHUNKS = {"eager": 32, "recorded": 32, "compiled": 64, "JAX": 8}
 RULES = ("adafactor_mlp", "mlp", "normalized_mlp")
 WAYS: dict[str, dict[str, dict[str, bool]]] = {
     "pes": {"eager": {"trace": False}, "recorded": {}, "compiled": {"compile": True}},
@@ -88,7 +86,7 @@ def chain(name: str, model: str, kind: str, particles: int, way: str) -> Call:
         num_tasks=particles,
         horizon=HORIZON,
         truncation=TRUNCATION,
-        chunk_size=CHUNKS[model][way],
+        chunk_size=CHUNKS[way],
         **options,
         **WAYS[kind][way],
     )
@@ -111,7 +109,7 @@ def chain_in_jax(name: str, model: str, kind: str, particles: int) -> Call:
     theta = in_jax(rule_of(name).init())
     common: Any = (rules[name](), problem_of(model), theta, particles)
     sizes: Any = {"steps": TRUNCATION, "horizon": HORIZON, "batch_size": BATCH}
-    chunk = CHUNKS[model]["JAX"]
+    chunk = CHUNKS["JAX"]
     if kind == "pes":  # whose chunks are of tasks, with two members each
         call: Call = pes_chain(*common, **sizes, std=STD, chunk=min(chunk // 2, particles))
     else:
