@@ -12,6 +12,7 @@ from torch import Tensor
 from fmeta import trees
 
 __all__ = [
+    "as_python",
     "check_flag",
     "check_number",
     "check_numbers",
@@ -61,6 +62,15 @@ def check_real(**given: Any) -> None:
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
             raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def as_python(tree: Any) -> Any:
+    """A tree whose numbers of NumPy are Python's: theirs would take tensors for arrays."""
+
+    def plain(x: Any) -> Any:
+        return float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool) else x
+
+    return trees.map(plain, tree)
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

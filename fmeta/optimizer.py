@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._numbers import is_whole
 from fmeta.random import own
 
 __all__ = ["Hidden", "Optimizer", "apply_updates", "optimizer_from_step"]
@@ -249,8 +250,8 @@ def check_needs(
 
 def check_num_steps(needs: frozenset[str], num_steps: Any) -> None:
     """Raises a ValueError when the horizon is no such number, or needed and not given."""
-    whole = isinstance(num_steps, int) and not isinstance(num_steps, bool)
-    if num_steps is not None and not isinstance(num_steps, Tensor) and (not whole or num_steps < 1):
+    wrong = not isinstance(num_steps, Tensor) and (not is_whole(num_steps) or num_steps < 1)
+    if num_steps is not None and wrong:
         raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
     if isinstance(num_steps, Tensor) and num_steps.ndim:
         raise ValueError(

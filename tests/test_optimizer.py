@@ -1,10 +1,11 @@
 """The optimizer type: step adds the delta once, asks for what it needs, skips None."""
 
+import numpy as np
 import pytest
 import torch
 
 import fmeta
-from fmeta import optimizers
+from fmeta import optimizers, trees
 from fmeta.optimizer import Hidden, Optimizer, apply_updates, optimizer_from_step
 
 PARAMS = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
@@ -128,3 +129,9 @@ def test_hidden_is_leaves_and_shared():
     assert isinstance(hidden, Hidden)
     assert set(hidden.leaves) == set(PARAMS)
     assert hidden.shared == {}
+
+
+def test_the_number_of_steps_may_be_one_of_numpy():
+    rule, params = fmeta.optimizers.mlp(), {"w": torch.ones(3)}
+    got, want = (rule.init_hidden(rule.init(), params, num_steps=n) for n in (np.int64(10), 10))
+    assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))

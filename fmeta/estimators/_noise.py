@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._numbers import as_python
 from fmeta.random import fold_in
 
 __all__ = ["PERTURBATION", "Name", "Noise", "Perturb", "Std"]
@@ -38,8 +39,9 @@ class Noise:
     """
 
     def __init__(self, std: Std, perturb: Perturb | None = None) -> None:
-        self.std, self.perturb = std, perturb
-        for path, x in zip(trees.paths(std), trees.leaves(std), strict=True):
+        self.perturb = perturb
+        self.std: Std = as_python(std)
+        for path, x in zip(trees.paths(std), trees.leaves(self.std), strict=True):
             if isinstance(x, Tensor) and x.is_meta:
                 continue
             values = x.flatten().tolist() if isinstance(x, Tensor) else [x]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmeta import trees
 from fmeta._autodiff import grad_and_value
-from fmeta._numbers import check_real
+from fmeta._numbers import as_python, check_real
 from fmeta.distributed import Ranks, Share
 from fmeta.estimators._arguments import check_arguments, check_state, checked_seed
 from fmeta.estimators._averages import first_bad_step, mean_over_tasks
@@ -169,6 +169,7 @@ def score_function(
         trace=trace,
         ranks=ranks,
     )
+    std = std if callable(std) else as_python(std)
     check_std(std)
     check_real(discount=discount)
     if not 0 <= discount <= 1:

@@ -146,6 +146,7 @@ def test_sizes_may_be_integers_of_numpy(name):
     plain = {"num_tasks": 2, "horizon": 4}
     plain |= {"num_iterations": 3, "damping": 0.5} if name == "implicit" else {}
     plain |= PIECES if name in OF_PIECES else {}
+    plain |= {"std": 0.25} if name in ("es", "es_single", "nres", "pes", "score_function") else {}
     numpy = {k: np.int64(v) if isinstance(v, int) else np.float32(v) for k, v in plain.items()}
     got, want = (first(build(name, **sizes), meta_of(name)) for sizes in (numpy, plain))
     assert torch.equal(got.loss, want.loss)
