@@ -81,7 +81,13 @@ def recorded(
     with recording, torch.inference_mode(False), torch.no_grad():
         graph = make_fx(fn, tracing_mode="symbolic")(*example(device, dtype))
         given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        return torch._inductor.compile(graph, given, options=written_out_options())
+        return torch._inductor.compile(graph, given, options=_options())
+
+
+def _options() -> dict[str, Any]:
+    options, name = written_out_options(), "realize_reads_threshold"
+    # Nothing is stored but what is said to be: not features, because they are used twice.
+    return {**options, name: 10**6} if name in torch._inductor.list_options() else options
 
 
 def in_memory(x: Tensor) -> Tensor:

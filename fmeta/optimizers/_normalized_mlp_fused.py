@@ -30,7 +30,7 @@ __all__ = ["Weights", "fused", "start_in"]
 Tree = Any
 
 # Coordinates of kernels that go together; what a call reads and writes stays in the cache.
-_PART = 2**16
+_PART = 2**17
 
 
 def start_in(form: Form, p: Tensor) -> dict[str, Tensor]:

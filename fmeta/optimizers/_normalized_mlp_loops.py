@@ -81,8 +81,8 @@ def matrices(*given: Tensor) -> list[Tensor]:
         *given: of `Layers`, of `SideLayers`, ``rate``, ``m0, m1, m2, rms``, ``first``, ``second``,
             parameters, gradients.
     """
-    step, rate = _directions_of_matrices(given)
-    mean = step.square().mean(-1, keepdim=True).mean(-2, keepdim=True)
+    step, zero, rate = _directions_of_matrices(given)
+    mean = (step + zero).square().mean(-1, keepdim=True).mean(-2, keepdim=True)
     return [step * in_memory(rate * torch.rsqrt(mean + _EPS))]
 
 
@@ -91,18 +91,19 @@ def raw_matrices(*given: Tensor) -> list[Tensor]:
     return [_directions_of_matrices(given)[0]]
 
 
-def _directions_of_matrices(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _directions_of_matrices(given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     net, sides = Layers(*given[:5]), SideLayers(*given[5:8])
     rate, *old, first, second, p, g = given[8:]
     g = clamped(g)
     square = g * g
     row = _side(sides, 0, first, square.mean(-1), own=-1, matrix=-1)
     col = _side(sides, 1, second, square.mean(-2), own=-1, matrix=-1)
+    zero = row.zero.unsqueeze(-1) + col.zero.unsqueeze(-2)
     new = _moments(old, g)
     factors = [y.unsqueeze(-1) for y in row.factors], [y.unsqueeze(-2) for y in col.factors]
     rows = features(new, *factors, p, g)
     # Over rows first: a loop over a row needs no care for many small terms.
-    squares = torch.stack([x.square().mean(-1).mean(-1) for x in rows], -1)
+    squares = torch.stack([(x + zero).square().mean(-1).mean(-1) for x in rows], -1)
     w0 = in_memory(net.w0 * torch.rsqrt(squares + _EPS).unsqueeze(1))
     units = [r.unsqueeze(-1) + c.unsqueeze(-2) for r, c in zip(row.bias, col.bias, strict=True)]
     for i, x in enumerate(units):
@@ -113,14 +114,14 @@ def _directions_of_matrices(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     _write(old, new)
     first.copy_(torch.stack(row.moments, 1))
     second.copy_(torch.stack(col.moments, 1))
-    return step, rate
+    return step, zero, rate
 
 
 # -- kernels -----------------------------------------------------------------------------------
 
 
 def sides_of_kernels(*given: Tensor) -> list[Tensor]:
-    """Factors and biases of rows and columns, ``(B, o, 11, k)`` and ``(B, 11, k, i)``.
+    """Factors, biases and zeros of rows and columns, ``(B, o, 12, k)``, ``(B, 12, k, i)``.
 
     Args:
         *given: of `SideLayers`, ``first``, ``second``, which are changed in place, and gradients as
@@ -133,7 +134,8 @@ def sides_of_kernels(*given: Tensor) -> list[Tensor]:
     col = _side(SideLayers(*sides), 1, second, mean, own=-1, matrix=-2)
     first.copy_(torch.stack(row.moments, 1))
     second.copy_(torch.stack(col.moments, 1))
-    return [torch.stack([*row.factors, *row.bias], 2), torch.stack([*col.factors, *col.bias], 1)]
+    row_parts, col_parts = ([*x.factors, *x.bias, x.zero] for x in (row, col))
+    return [torch.stack(row_parts, 2), torch.stack(col_parts, 1)]
 
 
 def kernels(*given: Tensor) -> list[Tensor]:
@@ -156,13 +158,14 @@ def raw_kernels(*given: Tensor) -> list[Tensor]:
 def _directions_of_kernels(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     net = Layers(*given[:5])
     rate, *old, first, second, p, g = given[5:]
+    *of_row, row_zero = [x.unsqueeze(-1) for x in first.unbind(2)]
+    *of_col, col_zero = [x.unsqueeze(1) for x in second.unbind(1)]
+    zero, d = row_zero + col_zero, len(DECAYS)
     g = clamped(g)
-    of_row = [x.unsqueeze(-1) for x in first.unbind(2)]
-    of_col = [x.unsqueeze(1) for x in second.unbind(1)]
-    d = len(DECAYS)
     new = _moments(old, g)
     rows = features(new, of_row[:d], of_col[:d], p, g)
-    rows = [x * in_memory(torch.rsqrt(x.square().mean(2, keepdim=True) + _EPS)) for x in rows]
+    means = [(x + zero).square().mean(2, keepdim=True) for x in rows]
+    rows = [x * in_memory(torch.rsqrt(y + _EPS)) for x, y in zip(rows, means, strict=True)]
     units = layer(rows, net.w0, [r + c for r, c in zip(of_row[d:], of_col[d:], strict=True)])
     step = in_memory(_later_layers(net, units))
     _write(old, new)
@@ -173,11 +176,19 @@ def _directions_of_kernels(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Side(NamedTuple):
-    """Of rows or of columns: a tensor for each decay, decay and unit."""
+    """Of rows or of columns.
+
+    Attributes:
+        moments, factors, bias: a tensor for each decay, decay and unit.
+        zero: of the same shape. Where it is added, a loop has the axes that rows and columns give
+            it; without, torch takes what reads nothing else for a line of numbers, and goes over it
+            in a loop of its own.
+    """
 
     moments: list[Tensor]
     factors: list[Tensor]
     bias: list[Tensor]
+    zero: Tensor
 
 
 def _side(given: SideLayers, i: int, old: Tensor, mean: Tensor, own: int, matrix: int) -> _Side:
@@ -194,12 +205,13 @@ def _side(given: SideLayers, i: int, old: Tensor, mean: Tensor, own: int, matrix
     # Rows are divided by their mean, columns are not.
     share = [torch.where(given.is_row[i], x.mean(own, keepdim=True) + _EPS, 1.0) for x in new]
     factors = [clamped_rsqrt(x / y) for x, y in zip(new, _stored(share), strict=True)]
+    zero = torch.lt(factors[0], 0).to(old.dtype)  # which torch does not know to be zero
+    *factors, zero = _stored([*factors, zero])
     seen = [*new, *(torch.rsqrt(x + 1e-8) for x in new)]
     scale = _stored([torch.rsqrt(x.square().mean(matrix, keepdim=True) + _EPS) for x in seen])
-    zero = torch.zeros_like(new[0])
     bias = [zero if i else zero + b for b in given.b0.unbind(0)]
     bias = layer([x * y for x, y in zip(seen, scale, strict=True)], given.columns[i], bias)
-    return _Side(new, _stored(factors), _stored(bias))
+    return _Side(new, factors, _stored(bias), zero)
 
 
 def _moments(old: Sequence[Tensor], g: Tensor) -> list[Tensor]:
@@ -238,7 +250,7 @@ def example_sides(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 
 def example_kernels(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    make, each = _maker(device, dtype), len(DECAYS) + 8
+    make, each = _maker(device, dtype), len(DECAYS) + 8 + 1
     plane: tuple[int, ...] = (_B, _O, _K, _I)
     rest = [(), *[plane] * 4, (_B, _O, each, _K), (_B, each, _K, _I), plane, plane]
     return make([*_LAYERS, *rest])
