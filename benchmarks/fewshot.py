@@ -8,7 +8,8 @@ plain and with ``checkpoint="sqrt"``. The ways take turns of at least 50 ms, of 
 other. Before they are timed all are checked to give equal gradients: to 1e-8 in float64 on two
 tasks, and in float32, in which they are timed, to 1e-4 on sinusoids and 0.2 on images (where a
 rounded number may fall on the other side of a relu or a maximum; by that TorchOpt under `vmap`
-differs from TorchOpt). Peers that are not installed are left out, and said to be.
+differs from TorchOpt); what fmeta replays is equal to the bit to what it recorded. Peers that are
+not installed are left out, and said to be.
 
     python -m pip install higher torchopt learn2learn
     python benchmarks/fewshot.py [--problems sinusoid cnn] [--compile] [--quick] [--json PATH]
@@ -292,6 +293,8 @@ def compare(name: str, order: str, num_tasks: int, ways: list[str], rounds: int)
     check_equal(calls, EQUAL[name])
     for _ in range(30 if name == "sinusoid" else 32 // num_tasks):
         calls["fmeta"]()  # whose operations are recorded after 30 meta-batches, or images' tasks
+    recorded = {"fmeta": calls["fmeta"], "not recorded": with_fmeta(problem, order, record=False)}
+    check_equal(recorded, 0.0)
     seconds = _timing.median_times(calls, rounds, warmup=1 if name == "sinusoid" else 0, turn=TURN)
     loops = [s for way, s in seconds.items() if way in PEERS and "vmap" not in way]
     batched = [s for way, s in seconds.items() if way in PEERS]

@@ -37,8 +37,8 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, by rounding the same."""
-    plain = groups == 1 and not isinstance(padding, str) and input.dtype is weight.dtype
-    if not plain or not _is_ours(input):
+    plain = all(isinstance(x, (int, list, tuple)) for x in (stride, padding, dilation))
+    if not plain or groups != 1 or input.dtype is not weight.dtype or not _is_ours(input):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     assert not isinstance(padding, str)
     geometry = _Geometry(_pair(stride), _pair(padding), _pair(dilation))
@@ -55,11 +55,13 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     """`torch.nn.functional.max_pool2d`, the same."""
-    if return_indices or not _is_ours(input):
+    given = (kernel_size, stride or 0, padding, dilation)
+    plain = all(isinstance(x, (int, list, tuple)) for x in given) and isinstance(ceil_mode, bool)
+    if return_indices or not plain or not _is_ours(input):
         torchs: Any = F.max_pool2d
         return torchs(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     kernel = _pair(kernel_size)
-    steps = _pair(stride) if stride else kernel
+    steps = kernel if stride is None or stride == [] else _pair(stride)
     return _Pooling.apply(input, _Window(kernel, steps, _pair(padding), _pair(dilation), ceil_mode))
 
 
@@ -257,9 +259,9 @@ class _Taken(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    _, c, h, w = x.shape
+    n, c, h, w = x.shape
     if c == 1 and x.is_contiguous():  # one channel is in both orders: its strides tell which
-        return x.as_strided(x.shape, (h * w, 1, w, 1), x.storage_offset())
+        return x.view(n, h, w, 1).permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -82,18 +83,20 @@ def refuse_closures_and_noise(fn: Callable[..., Any], *args: Any, cure: str) -> 
         raise ValueError(_NOISE)
 
 
-def drawn(fn: Callable[[], Any]) -> tuple[Any, bool]:
+def drawn(fn: Callable[[], Any], *, closely: bool = False) -> tuple[Any, bool]:
     """What ``fn()`` gives, and whether it drew random numbers.
 
-    Only torch's global generators are watched. Where it drew, their state is as it was before.
+    Only torch's global generators are watched, or ``closely``, and slower, every operation. Where
+    it drew, their state is as it was before.
     """
-    before = _random_state()
-    result = fn()
+    before, noise = _random_state(), _SeesNoise()
+    with noise if closely else nullcontext():
+        result = fn()
     if _all_equal(before, _random_state()):
-        return result, False
-    noise = _SeesNoise()  # another thread may have drawn: once more, now looking
-    with noise:
-        fn()
+        return result, noise.seen
+    if not closely:  # another thread may have drawn: once more, now looking
+        with noise:
+            fn()
     if noise.seen:
         _restore_random_state(before)
     return result, noise.seen

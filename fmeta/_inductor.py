@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["recorded_options", "written_out_options"]
 
-# Kernels of some microseconds: to call them from Python takes as long as they do.
-_RECORDED: dict[str, Any] = {"cpp_wrapper": True}
+# Kernels of some microseconds on a CPU: to call them from Python takes as long as they do.
+_ON_CPU: dict[str, Any] = {"cpp_wrapper": True}
 # As it is, torch stores partial sums of many terms (and a layer of a network has many) and goes
 # over them in several loops; and it rounds each product before it is added.
 _WRITTEN_OUT: dict[str, Any] = {
@@ -27,9 +29,10 @@ def written_out_options() -> dict[str, Any]:
     return _known(_WRITTEN_OUT)
 
 
-def recorded_options(written_out: bool = False) -> dict[str, Any]:
-    """The same for a recorded graph, of formulas that are written out or not."""
-    return _known({**_RECORDED, **(_WRITTEN_OUT if written_out else {})})
+def recorded_options(inputs: Iterable[Tensor], written_out: bool = False) -> dict[str, Any]:
+    """The same for a recorded graph of these inputs, of formulas that are written out or not."""
+    on_cpu = all(x.device.type == "cpu" for x in inputs)
+    return _known({**(_ON_CPU if on_cpu else {}), **(_WRITTEN_OUT if written_out else {})})
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

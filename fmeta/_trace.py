@@ -94,6 +94,8 @@ class Traced:
     def __call__(self, *args: Any) -> Any:
         flat, spec = trees.flatten(args)
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in flat))
+        if self.compile:  # one that is given twice, or is a Parameter, would be compiled for anew
+            flat = [x.detach() for x in flat]
         with torch.no_grad():
             if key not in self.recorded:
                 if self.most is not None and len(self.recorded) >= self.most:
@@ -126,11 +128,13 @@ class Traced:
                 flat_fn(*flat)
             return self._unrecorded(error)
         simplify(module)
+        if _reads_storage(module):
+            return self._unrecorded(None)
         if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
             turn_products(module)
-            options = recorded_options(self.written_out)
+            options = recorded_options(flat, self.written_out)
             return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation
 
@@ -177,6 +181,23 @@ def simplify(module: Any) -> None:
                 module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _reads_storage(module: Any) -> bool:
+    """Whether an input is read by its place in memory, which is another one at the next call."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.as_strided.default:
+            base = node.args[0]
+            while base.op == "call_function" and _is_view(base):
+                base = base.args[0]
+            if base.op == "placeholder":
+                return True
+    return False
+
+
+def _is_view(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def _is_same(a: Any, b: Any) -> bool:

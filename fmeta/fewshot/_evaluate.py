@@ -17,12 +17,7 @@ from fmeta._memory import keep_freed_memory
 from fmeta.estimators._contract import check_sizes
 from fmeta.fewshot._contract import MetaLearner
 from fmeta.fewshot._losses import Loss, accuracy_of, loss_named
-from fmeta.fewshot._meta_batch import (
-    how_many_together,
-    one_by_one,
-    over_episodes,
-    without_noise,
-)
+from fmeta.fewshot._meta_batch import how_many_together, one_by_one, over_episodes
 from fmeta.fewshot._source import Source, draw, likeness
 
 __all__ = ["Scores", "evaluate"]
@@ -113,8 +108,7 @@ def evaluate(
             if how_many_together(meta_params, episodes) > 1:
                 values: tuple[Tensor, Tensor] = over_episodes(one)(episodes.support, episodes.query)
                 return values
-            alone = without_noise(one)
-            found = one_by_one(lambda e: alone(e.support, e.query), episodes)
+            found = one_by_one(lambda e: one(e.support, e.query), episodes, closely=not start)
             losses, accuracies = map(torch.stack, zip(*found, strict=True))
         return losses, accuracies
 

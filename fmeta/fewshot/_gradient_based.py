@@ -197,16 +197,16 @@ def gradient_based(
         chunk_size: episodes that are worked on together; None: all, or on a CPU of networks with
             convolutions one, and of episodes of less than 40 examples as many as have about 100
             support examples, whose activations stay in the caches.
-        compile: compile the meta-gradient at the first call for each shape of meta-batch: minutes
-            of compilation, faster after that, equal to rounding only.
+        compile: compile the meta-gradient at the first call for each shape of meta-batch: from
+            half a minute to minutes of compilation, faster after that, equal to rounding only.
         record: after thirty estimates of a shape replay the operations they consist of, the same to
             the bit. Whatever the network, the rule or the loss read beside their arguments is then
             what it was at the recording: False for a loss that changes during meta-training.
         estimate: ``estimate(inner) -> piece``: another way to the meta-gradient than
             backpropagation. Of the `Inner` training it makes ``piece(meta_params, episode,
-            progress) -> (gradient, (value, seen))``, the part of one episode, for ``vmap``:
-            ``gradient`` is like ``meta_params``, ``value`` the meta-loss, and `shown` makes
-            ``seen``.
+            progress) -> (gradient, (value, seen))``, the part of one episode, for ``vmap`` and
+            by itself: ``gradient`` is like ``meta_params``, ``value`` the meta-loss, and `shown`
+            makes ``seen``.
 
     Returns:
         A `MetaLearner` with ``meta_params = {"model_params": ..., "opt_params": ...}``.

@@ -27,7 +27,7 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
             "belong together: a network must give a row (n, ways) for each of n labels (n,)"
         )
     try:
-        return cross_entropy(outputs, labels)
+        return cross_entropy(_wide(outputs), labels)
     except RuntimeError as error:  # below transforms no value can be looked at
         if "out of bounds" not in str(error):
             raise
@@ -44,7 +44,12 @@ def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
             f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} of an episode "
             "differ in shape: give targets y of shape (n, outputs), y[:, None] for single numbers"
         )
-    return F.mse_loss(outputs, targets)
+    return F.mse_loss(_wide(outputs), targets)
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    """In float32 under autocast, which makes outputs narrow and not losses."""
+    return outputs.float() if torch.is_autocast_enabled(outputs.device.type) else outputs
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "mse": _mse}

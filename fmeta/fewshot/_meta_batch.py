@@ -46,7 +46,7 @@ _BEFORE_RECORDING = 30
 _RECORDINGS = 16
 # Of networks that convolve on a CPU: examples of an episode from which it is worked on by itself
 # (measured: 30 are as fast either way), and else support examples at once, so that what they make
-# fits the caches.
+# fits the caches. Networks with a parameter of four axes count as such.
 _ALONE, _IN_CACHE = 40, 100
 _NOISE = (
     "the network or the loss draws random numbers (dropout in train mode?), but what a learner "
@@ -105,10 +105,15 @@ def estimate_by(
         check: raises what is wrong with a meta-batch.
     """
 
+    looked_at: list[bool] = []  # for noise
+
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
         if len(episodes.support.y) > 1:
             return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
-        [found] = one_by_one(lambda e: without_noise(piece)(meta_params, e, progress), episodes)
+        [found] = one_by_one(
+            lambda e: piece(meta_params, e, progress), episodes, closely=not looked_at
+        )
+        looked_at.append(True)
         return trees.map(lambda x: x.unsqueeze(0), found)
 
     def all_of_it(meta_params: Tree, episodes: Episode, progress: Tensor) -> Estimate:
@@ -167,7 +172,8 @@ def _explained(recorded: Traced) -> Callable[..., Any]:
         try:
             return recorded(*args)
         except RuntimeError as error:
-            if "out of bounds" in str(error):
+            # What is compiled tells of another error than that of the labels.
+            if recorded.compile or "out of bounds" in str(error):
                 recorded.fn(*args)
             raise
 
@@ -198,8 +204,8 @@ def over_episodes(fn: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any
     return call
 
 
-def without_noise(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn``, which refuses to draw random numbers where no `vmap` does so."""
+def without_noise(fn: Callable[..., Any], *, closely: bool = False) -> Callable[..., Any]:
+    """``fn``, which refuses to draw random numbers where no `vmap` does so; as `drawn` sees it."""
 
     @functools.wraps(fn)
     def call(*args: Any, **options: Any) -> Any:
@@ -209,7 +215,7 @@ def without_noise(fn: Callable[..., Any]) -> Callable[..., Any]:
             or _get_current_dispatch_mode() is not None
         ):
             return fn(*args, **options)
-        result, noisy = drawn(lambda: fn(*args, **options))
+        result, noisy = drawn(lambda: fn(*args, **options), closely=closely)
         if noisy:
             raise ValueError(_NOISE)
         return result
@@ -246,9 +252,19 @@ def how_many_together(meta_params: Tree, episodes: Episode) -> int:
     return max(1, _IN_CACHE // examples)
 
 
-def one_by_one(fn: Callable[[Any], Any], episodes: Episode) -> list[Any]:
-    """``fn(episode)`` of each, outside of `vmap`."""
-    return [fn(trees.map(lambda x, i=i: x[i], episodes)) for i in range(len(episodes.support.y))]
+def one_by_one(fn: Callable[[Any], Any], episodes: Episode, *, closely: bool = True) -> list[Any]:
+    """``fn(episode)`` of each, outside of `vmap`; refuses what is random, as `vmap` does.
+
+    Args:
+        fn: of one episode.
+        episodes: stacked.
+        closely: look at every operation of the first one, for generators of a module's own, too.
+    """
+    found = []
+    for i in range(len(episodes.support.y)):
+        episode = trees.map(lambda x, i=i: x[i], episodes)
+        found.append(without_noise(fn, closely=closely and not i)(episode))
+    return found
 
 
 def _chunks(episodes: Episode, size: int) -> list[Episode]:

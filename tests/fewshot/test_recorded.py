@@ -171,6 +171,61 @@ def test_an_episode_alone_gives_what_it_gives_among_others():
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_recorded_convolutions_read_their_own_episode(monkeypatch, size):
+    """Episodes are parts of one tensor, at places that a recording must not keep."""
+    monkeypatch.setattr(_meta_batch, "_BEFORE_RECORDING", 1)
+    monkeypatch.setattr(_meta_batch, "_ALONE", 20)
+    episodes = kit.points(6, shots=3, queries=4, features=256)[1]
+    learner, plain = (
+        fewshot.maml(
+            fewshot.conv4(kit.WAYS, side=16, channels=4),
+            num_steps=2,
+            chunk_size=size,
+            record=record,
+        )
+        for record in (True, False)
+    )
+    meta_params = trees.map(torch.Tensor.double, plain.init())
+    assert _meta_batch.how_many_together(meta_params, episodes) == 1
+    want = plain.estimate(meta_params, episodes)
+    for _ in range(3):
+        got = learner.estimate(meta_params, episodes)
+        assert all(map(torch.equal, trees.leaves(got), trees.leaves(want)))
+
+
+def test_autocast_gives_a_loss_of_one_dtype_alone_and_together():
+    episodes = trees.map(
+        lambda x: x.float() if x.is_floating_point() else x,
+        kit.points(4, shots=3, queries=4, features=256)[1],
+    )
+    dtypes = set()
+    for size in (1, 2):
+        learner = fewshot.maml(fewshot.conv4(kit.WAYS, side=16, channels=4), chunk_size=size)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dtypes.add(learner.estimate(learner.init(), episodes).loss.dtype)
+    assert dtypes == {torch.float32}
+
+
+class Noisy(torch.nn.Conv2d):
+    generator = torch.Generator()
+
+    def forward(self, x):
+        x = x.unflatten(1, (1, 16, 16))
+        return super().forward(x + torch.randn(x.shape, generator=self.generator)).mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_noise_of_a_modules_own_generator_is_refused(monkeypatch, size):
+    monkeypatch.setattr(_meta_batch, "_ALONE", 20 if size == 1 else 1000)  # of evaluate
+    source, episodes = kit.points(4, shots=3, queries=4, features=256)
+    learner = fewshot.maml(Noisy(1, kit.WAYS, 3).double(), num_steps=1, chunk_size=size)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        learner.estimate(learner.init(), episodes)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        fewshot.evaluate(learner, learner.init(), source, num_episodes=4)
+
+
 @pytest.mark.slow
 def test_compiled_estimates_are_equal_to_rounding():
     episodes = kit.waves()
