@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "small_matrices_first", "small_matrices_inside"]
+__all__ = ["Layout", "small_matrices_first"]
 
 # Below this many elements, a loop over a matrix is too short to be fast.
 _SHORT = 2**8
@@ -54,14 +54,6 @@ class Layout(NamedTuple):
         y = x.new_empty([x.shape[i] for i in order])
         return y.permute([order.index(i) for i in range(x.ndim)])
 
-    def into_without(self, x: Tensor, axis: int) -> Tensor:
-        """The same for a tensor that lacks ``axis`` (of the given order)."""
-        return self.into(x.unsqueeze(axis)).squeeze(self.order.index(axis))
-
-    def back_without(self, x: Tensor, axis: int) -> Tensor:
-        """Back for a tensor that lacks ``axis`` (of the given order)."""
-        return self.back(x.unsqueeze(self.order.index(axis))).squeeze(axis)
-
 
 def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | None:
     """For many small matrices: the last two axes first; None where they are fine as they are.
@@ -73,18 +65,6 @@ def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | Non
     if n - batch < 3 or shape[-1] * shape[-2] >= _SHORT:
         return None
     return Layout((n - 2, n - 1, *range(n - 2)), batch)
-
-
-def small_matrices_inside(shape: tuple[int, ...]) -> Layout | None:
-    """For many small matrices: their two axes before the last other one.
-
-    As ``(out, 3, 3, in)`` the loops over the kernels of a convolution are over ``in`` too, and what
-    belongs to a matrix is near by. For loops that sum over matrices in registers.
-    """
-    n = len(shape)
-    if small_matrices_first(shape) is None:
-        return None
-    return Layout((*range(n - 3), n - 2, n - 1, n - 3))
 
 
 def _around(order: tuple[int, ...], x: Tensor, before: int) -> list[int]:

@@ -87,9 +87,10 @@ def normalized_mlp(
         vector_lr_mult: factor of the learning rate in ``vectors="adamw"``.
         chunk_size: coordinates a tile, where no derivative is recorded. Default: a size that suits
             the caches on a CPU, the whole tensor elsewhere.
-        compile: whether large tensors go through a few kernels made by `torch.compile` (C++ or
-            Triton), where no derivative is recorded; takes about a minute for each number of axes,
-            once, and is kept on disk by torch.
+        compile: whether all but the smallest tensors go through a few loops made by Inductor (C++
+            or Triton), several of one shape together, where no derivative is recorded; for matrices
+            and for the kernels of convolutions. Each of the two takes one to three minutes, once,
+            and is kept on disk by torch (then 10 to 20 seconds a process).
 
     Returns:
         An `Optimizer` with ``opt_params = {"w0": (30, 8), "b0": (8), "w1": (8, 8), "b1": (8),
