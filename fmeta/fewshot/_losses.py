@@ -49,7 +49,9 @@ def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _wide(outputs: Tensor) -> Tensor:
     """In float32 under autocast, which makes outputs narrow and not losses."""
-    return outputs.float() if torch.is_autocast_enabled(outputs.device.type) else outputs
+    kind = outputs.device.type
+    known = torch.amp.is_autocast_available(kind)  # not of meta tensors
+    return outputs.float() if known and torch.is_autocast_enabled(kind) else outputs
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "mse": _mse}
