@@ -73,6 +73,8 @@ class Traced:
         after: so many calls of each kind go to ``fn`` itself before one is recorded, which takes
             as long as many calls do.
         most: so many kinds are recorded, which takes memory; further ones go to ``fn`` itself.
+        turned: whether products that are only read transposed are made so (`turn_products`), before
+            they are compiled: for networks of linear layers, whose derivatives are full of them.
         written_out: whether rules see that they are recorded for a compiler (`for_compiler`): where
             they are not differentiated within ``fn``.
     """
@@ -84,10 +86,11 @@ class Traced:
         compile: bool = False,
         after: int = 0,
         most: int | None = None,
+        turned: bool = False,
         written_out: bool = False,
     ) -> None:
         self.fn, self.compile, self.after, self.written_out = fn, compile, after, written_out
-        self.most = most
+        self.most, self.turned = most, turned
         self.recorded: dict[Any, Any] = {}
         self.calls: Counter[Any] = Counter()
 
@@ -133,7 +136,8 @@ class Traced:
         if not equal(module(*flat), flat_fn(*flat)):
             return self._unrecorded(None)
         if self.compile:
-            turn_products(module)
+            if self.turned:
+                turn_products(module)
             options = recorded_options(flat, self.written_out)
             return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
         return module.forward, out[0]  # a call of a module costs as much as an operation

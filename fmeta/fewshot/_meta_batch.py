@@ -126,6 +126,7 @@ def estimate_by(
         Traced(
             fn,
             compile=compile,
+            turned=True,
             after=0 if compile else _BEFORE_RECORDING,
             most=None if compile else _RECORDINGS,
         )
