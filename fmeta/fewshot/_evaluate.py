@@ -121,8 +121,9 @@ def _by_threads(fn: Callable[[int], Any], items: Iterable[int], num_threads: int
     """``[fn(x) for x in items]``, in order."""
     if num_threads == 1:
         return [fn(x) for x in items]
-    # A new thread would use as many of its own as there are cores.
-    within = functools.partial(torch.set_num_threads, torch.get_num_threads())
+    # A new thread would use as many of its own as there are cores: they share those of this one.
+    each = max(1, torch.get_num_threads() // num_threads)
+    within = functools.partial(torch.set_num_threads, each)
     pool = ThreadPoolExecutor(num_threads, initializer=within)
     try:
         return list(pool.map(fn, items))

@@ -81,6 +81,7 @@ def _recipe(config: FewShotConfig, ranks: Ranks) -> Recipe:
             seed=config.seed + _VALIDATION,
             split="validation",
             loss=config.loss,
+            num_threads=min(_cores(), torch.get_num_threads()),
         ).loss()[0]
 
     options = {
