@@ -105,15 +105,16 @@ def estimate_by(
         check: raises what is wrong with a meta-batch.
     """
 
-    looked_at: list[bool] = []  # for noise
+    looked_at = False  # for noise
 
     def together(meta_params: Tree, episodes: Episode, progress: Tensor) -> Any:
+        nonlocal looked_at
         if len(episodes.support.y) > 1:
             return over_episodes(piece, (None, 0, None))(meta_params, episodes, progress)
         [found] = one_by_one(
             lambda e: piece(meta_params, e, progress), episodes, closely=not looked_at
         )
-        looked_at.append(True)
+        looked_at = True
         return trees.map(lambda x: x.unsqueeze(0), found)
 
     def all_of_it(meta_params: Tree, episodes: Episode, progress: Tensor) -> Estimate:

@@ -23,6 +23,7 @@ from fmeta.testing._compare import (
     short,
 )
 from fmeta.testing._laws_step import _changed, _global_states
+from fmeta.testing._registry import of_law
 
 __all__ = ["ESTIMATOR_LAWS", "check_estimator"]
 
@@ -117,14 +118,8 @@ def _law(check: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(check)
     def wrapped(estimator: Estimator, meta_params: Tree, *, seed: int = 0, **own: Any) -> None:
-        try:
+        with of_law(name, "estimator"):
             check(estimator, meta_params, seed=seed, **own)
-        except AssertionError as error:
-            raise AssertionError(f"law {name}: {error}") from error.__cause__
-        except Exception as error:
-            raise AssertionError(
-                f"law {name}: the estimator raised {type(error).__name__}: {error}"
-            ) from error
 
     ESTIMATOR_LAWS[name] = wrapped
     return wrapped

@@ -12,6 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.tasks import Task, TaskFamily, sample_task
 from fmeta.testing._laws_step import _changed, _global_states
+from fmeta.testing._registry import of_law
 
 __all__ = ["FAMILY_LAWS", "check_scalar", "equal", "first_batch", "law", "without_global"]
 
@@ -35,14 +36,8 @@ def law(check: Callable[..., None]) -> Callable[..., None]:
         **own: Any,
     ) -> None:
         draw = functools.partial(_drawn, family, split, steps, num_tasks, seed)
-        try:
+        with of_law(name, "family", f" [split {split!r}]"):
             check(family, draw, split=split, steps=steps, seed=seed, **own)
-        except AssertionError as error:
-            raise AssertionError(f"law {name}: {error} [split {split!r}]") from error.__cause__
-        except Exception as error:
-            raise AssertionError(
-                f"law {name}: the family raised {type(error).__name__}: {error} [split {split!r}]"
-            ) from error
 
     FAMILY_LAWS[name] = wrapped
     return wrapped

@@ -1,12 +1,13 @@
-"""The laws by name, and what a law does with an error that the optimizer raises."""
+"""The laws by name, and what a law does with an error that what it checks raises."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-__all__ = ["LAWS", "Law", "law"]
+__all__ = ["LAWS", "Law", "law", "of_law"]
 
 
 class Law(NamedTuple):
@@ -36,16 +37,29 @@ def law(
 
         @functools.wraps(check)
         def wrapped(optimizer: Any, params: Any, **setup: Any) -> None:
-            try:
+            with of_law(name, "optimizer"):
                 check(optimizer, params, **setup)
-            except AssertionError as error:
-                raise AssertionError(f"law {name}: {error}") from error.__cause__
-            except Exception as error:
-                raise AssertionError(
-                    f"law {name}: the optimizer raised {type(error).__name__}: {error}"
-                ) from error
 
         LAWS[name] = Law(wrapped, needs_hidden, once)
         return wrapped
 
     return register
+
+
+@contextmanager
+def of_law(name: str, checked: str, where: str = "") -> Iterator[None]:
+    """Makes every error an AssertionError that begins with the law's name, and ends with where.
+
+    Args:
+        name: of the law.
+        checked: what it checks, whose errors these are.
+        where: put after the message.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"law {name}: {error}{where}") from error.__cause__
+    except Exception as error:
+        raise AssertionError(
+            f"law {name}: the {checked} raised {type(error).__name__}: {error}{where}"
+        ) from error
