@@ -27,6 +27,7 @@ from fmeta.estimators._contract import (
 )
 from fmeta.estimators._episodes import Drawn, Episodes, chunks_of
 from fmeta.estimators._mixture import over_families
+from fmeta.estimators._normalized import NORMALIZERS, normalized
 from fmeta.estimators._policy import Policy, Seen, check_std
 from fmeta.estimators._return_baselines import BASELINES, Baseline, returns_to_go
 from fmeta.optimizer import Optimizer
@@ -64,6 +65,7 @@ def score_function(
     num_rollouts: int = 1,
     discount: float = 1.0,
     baseline: str | None = "moving",
+    normalize: str | None = None,
     recurrent: bool = True,
     bind: Bind | None = None,
     meta_loss: MetaLoss | None = None,
@@ -113,6 +115,15 @@ def score_function(
 
             ``"moving"`` and ``"learned"`` take the mean of all other trainings in the first
             estimate, ``"fitted_rollouts"`` a slope of 0.
+        normalize: what ``G_t - b_t`` is divided by: its standard deviation among the task's other
+            rollouts (at least two), so that tasks whose losses are large do not drown the others:
+
+            - ``"task"``: one of each training. The gradient is unbiased for a weighted mean of the
+              tasks' losses, and unchanged where a task's losses are multiplied by a number;
+            - ``"step"``: one of each step, so that late steps, where losses differ little, count
+              as much as the first ones: each step's own gradient keeps its direction, their sum is
+              that of no loss. For losses that fall by orders of magnitude;
+            - None: 1.
         recurrent: the hidden state of the rule counts as part of the policy, differentiated through
             all steps before, where it depends on what is learned (an LSTM, learned decays): without
             it the gradient is biased for those. For all other rules False gives the same, faster:
@@ -140,10 +151,10 @@ def score_function(
 
     Raises:
         ValueError: numbers below 1, ``std`` not above 0, ``discount`` outside of 0 to 1, an unknown
-            baseline, one of other rollouts where there are none, an optimizer that needs what the
-            family's ``extras`` do not give; later, a ``meta_loss``, a start or a ``std`` of another
-            shape, a ``std`` that is not above 0 where it is a function, model parameters that
-            depend on ``meta_params``, a state of another baseline.
+            baseline or ``normalize``, one of other rollouts where there are too few, an optimizer
+            that needs what the family's ``extras`` do not give; later, a ``meta_loss``, a start or
+            a ``std`` of another shape, a ``std`` that is not above 0 where it is a function, model
+            parameters that depend on ``meta_params``, a state of another baseline.
         TypeError: no optimizer, no family, no function (or one of other arguments), no flag, no
             number; later, a meta-parameter that is no floating tensor, a seed that is no integer,
             a state of another estimator.
@@ -181,6 +192,13 @@ def score_function(
         raise ValueError(
             f"baseline={baseline!r} compares rollouts of a task: give num_rollouts >= 2"
         )
+    if normalize not in NORMALIZERS:
+        names = ", ".join(map(repr, NORMALIZERS))
+        raise ValueError(f"unknown normalize {normalize!r}: there are {names}")
+    if normalize is not None and num_rollouts < 3:
+        raise ValueError(
+            f"normalize={normalize!r} is by the spread of other rollouts: give num_rollouts >= 3"
+        )
 
     def build(family: TaskFamily, share: Share) -> Estimator:
         policy = Policy(
@@ -195,7 +213,9 @@ def score_function(
         )
         episodes = Episodes(family, share.worked_on, num_rollouts, horizon, eval_split)
         lag = 1 if eval_split is None else 0
-        credit = Credit(meta_loss or last_loss, float(discount), lag, BASELINES[baseline]())
+        credit = Credit(
+            meta_loss or last_loss, float(discount), lag, BASELINES[baseline](), normalize
+        )
         return _of_family(policy, episodes, credit, checkpoint, chunk_size, share)
 
     return over_families(build, family, num_tasks, ranks or Ranks.alone())
@@ -208,6 +228,7 @@ class Credit(NamedTuple):
     discount: float
     lag: int
     baseline: Baseline
+    normalize: str | None
 
     def returns(self, losses: Tensor, evals: Tensor | None) -> tuple[Tensor, Tensor]:
         """Values and returns-to-go of some tasks, ``(T, tasks, rollouts)``."""
@@ -292,7 +313,8 @@ def _of_family(
             losses_of_all, returns = (x.movedim(-1, 0) for x in by_task)
             expected, known = credit.baseline.estimate(state.baseline, losses_of_all, returns)
             advantages = returns - expected
-            weights = share.part(advantages.movedim(0, -1)) / (episodes.horizon * rollouts)
+            scaled = normalized(advantages, credit.normalize)
+            weights = share.part(scaled.movedim(0, -1)) / (episodes.horizon * rollouts)
             parts, first = [], 0
             for part, (seen, _) in zip(chunks, found, strict=True):
                 n = len(part.ints)

@@ -10,6 +10,7 @@ from torch.func import grad, jacrev
 import fmeta
 from fmeta import optimizers, trees
 from fmeta.estimators import full, score_function
+from fmeta.estimators._normalized import normalized
 from fmeta.estimators._return_baselines import BASELINES, returns_to_go
 from fmeta.optimizer import optimizer_from_step
 from fmeta.tasks import TaskFamily, digits, mixture
@@ -374,6 +375,83 @@ def test_moving_means_are_those_of_earlier_estimates():
     close(values, torch.full((2, 3, 1), (0.9 * 1 + 3) / 1.9), 1e-6)
 
 
+# Advantages in units of their spread
+
+
+@pytest.mark.parametrize("by", ["task", "step"])
+@pytest.mark.parametrize(("baseline", "times"), [("moving", 1.0), ("rollouts", 12 / 11)])
+def test_a_normalized_mean_is_that_of_steps_with_weights(by, baseline, times):
+    """Each step's part of the true gradient, times the mean of 1 over the spread of 11 others.
+
+    The mean of the others varies as well, by which all advantages are ``times`` as far apart.
+    """
+    options = {"num_tasks": 10, "num_rollouts": 12}
+    parts = grad(lambda lr: expected_losses(lr).mean())(META["lr"].expand(STEPS))[:-1]
+    weights = []
+    for one in estimates(build(**options), 60, seed=1):  # other trainings than those below
+        returns = times * returns_to_go(one.metrics["losses"], 1.0, 1)
+        variance = returns[..., 1:].var(-1)
+        variance = variance.mean(0, keepdim=True) if by == "task" else variance[:-1]
+        weights.append(variance.expand(STEPS - 1, -1).rsqrt())
+    want = (torch.stack(weights).mean((0, 2)) * parts).sum().reshape(1)
+    found = draws(build(**options, baseline=baseline, normalize=by), 60)
+    assert errors_away(found, want) < 4
+    assert errors_away(found, 0.8 * want) > 4  # so the noise is small enough to tell
+
+
+@pytest.mark.parametrize("by", ["task", "step"])
+def test_spreads_are_those_of_the_other_rollouts(by):
+    """Against NumPy."""
+    advantages = torch.rand(3, 2, 5, generator=fmeta.random.fold_in(0), **DOUBLE)
+    advantages *= torch.tensor([1.0, 10.0, 0.1])[:, None, None]
+    got = normalized(advantages, by)
+    for task in range(2):
+        for r in range(5):
+            others = np.delete(advantages[:, task].numpy(), r, axis=1)
+            variance = others.var(axis=1, ddof=1)
+            spread = np.sqrt(variance.mean() if by == "task" else variance)
+            close(got[:, task, r], advantages[:, task, r] / torch.tensor(spread + np.zeros(3)))
+    assert normalized(advantages, None) is advantages
+
+
+@pytest.mark.parametrize("by", ["task", "step"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_spread_knows_nothing_of_the_training_that_it_is_for(by, name):
+    """So a step is not divided by its own luck, by way of what others are compared to either."""
+    baseline = BASELINES[name]()
+    generator = fmeta.random.fold_in(0)
+    losses, returns, changed = (torch.rand(3, 4, 5, generator=generator, **DOUBLE) for _ in "123")
+    state = baseline.estimate(baseline.init(3), losses, returns)[1]
+    for known in (baseline.init(3), state):
+        spreads = []
+        for own in (returns, changed):
+            given = returns.clone()
+            given[:, 1, 1] = own[:, 1, 1]
+            advantages = given - baseline.estimate(known, losses, given)[0]
+            spreads.append((advantages / normalized(advantages, by))[:, 1, 1])
+        close(*spreads)
+
+
+@pytest.mark.parametrize("by", ["task", "step"])
+def test_large_losses_count_as_much_as_small_ones(by):
+    options = {"num_rollouts": 4, "baseline": "rollouts", "normalize": by}
+    want, got = (
+        estimates(build(quadratics(True), meta_loss=score, **options), 2)
+        for score in (None, lambda losses, evals, t, horizon: 1000 * losses)
+    )
+    for a, b in zip(got, want, strict=True):
+        close(a.grads, b.grads)
+        close(a.loss, 1000 * b.loss)
+
+
+def test_where_nothing_differs_nothing_is_learned():
+    """The last step has no losses after it, and rounding is no spread."""
+    same = torch.ones(2, 1, 4, **DOUBLE)
+    same[1] += 1e-14 * torch.arange(4.0)
+    other = torch.tensor([[1.0, 2.0, 4.0, 8.0]], **DOUBLE)
+    assert torch.equal(normalized(torch.stack([*same, other]), "step")[:2], 0 * same)
+
+
 # Draws, state, and how it is worked out
 
 
@@ -411,7 +489,7 @@ def test_rollouts_share_the_task_and_not_the_noise():
     ids=lambda o: "-".join(map(str, *o.items())),
 )
 def test_how_it_is_worked_out_changes_nothing(options):
-    given = {"rule": HEAVY, "num_rollouts": 2, "recurrent": True}
+    given = {"rule": HEAVY, "num_rollouts": 3, "recurrent": True, "normalize": "step"}
     want, got = (
         estimates(build(quadratics(True), **given, **more), 2, meta=HEAVY_META)
         for more in ({}, options)
@@ -474,7 +552,7 @@ def test_tasks_that_diverge_are_left_out(baseline):
     ids = [quadratics(True).sample(fmeta.random.fold_in(0, 0, i, 0))["id"] for i in range(4)]
     bad = sorted(ids)[2]
     broken = quadratics(True, is_bad=lambda id: id == bad)
-    options = {"num_rollouts": 2, "baseline": baseline}
+    options = {"num_rollouts": 3, "baseline": baseline, "normalize": "step"}
     found = estimates(build(broken, **options), 3)
     assert found[0].metrics["diverged"].tolist() == [i == bad for i in ids]
     assert found[0].metrics["diverged_at"].tolist() == [0 if i == bad else -1 for i in ids]
@@ -518,6 +596,8 @@ def test_a_mixture_has_a_part_of_each():
         ({"baseline": "value"}, "unknown baseline 'value': there are None, 'moving', 'learned'"),
         ({"baseline": "rollouts"}, "give num_rollouts >= 2"),
         ({"baseline": "fitted_rollouts"}, "give num_rollouts >= 2"),
+        ({"normalize": "all"}, "unknown normalize 'all': there are None, 'task', 'step'"),
+        ({"normalize": "task", "num_rollouts": 2}, "give num_rollouts >= 3"),
         ({"rule": RULE._replace(needs=frozenset({"noise"}))}, "needs noise, but"),
     ],
 )
