@@ -11,24 +11,31 @@ Ways to train it, each for the same CPU time, step by step in turn, on each task
 initial weights, with the same outer optimizer:
 
 - "policy": REINFORCE, returns discounted by 0.9, baseline from the other rollouts of a task and
-  the loss before the step. The steps' noise falls while meta-training goes on;
+  the loss before the step, advantages in units of their spread at each step. The steps' noise falls
+  while meta-training goes on;
 - "truncated 5 / 40": backpropagation through 5 steps of trainings that go on to 40;
 - "unrolls of 5": backpropagation through whole trainings of 5 steps.
 
+Each in two forms: on trainings from the family's own starts, and ", scattered": in half of the
+trainings normal noise is added to the start, of a deviation between 0 and 4 that is drawn anew, so
+that a rule sees from where it may have to come back (Li and Malik draw starts widely too). No way
+sees a kick while it is meta-trained.
+
 Beside them the untrained rule, and SGD and Adam with rates tuned for 40 steps of the same family.
-All are run, without noise, on new tasks. "at 40", "at 400": the loss there, mean of 5 steps;
-"drift": the difference, above 0 where going on did harm; "worst": the largest loss of steps 41 to
-400. Kicks add normal noise of deviation 2 to the parameters of steps 10, 40 and 200, one at a time,
-where the hidden state goes on: "kicked" is the loss 40 steps after, mean of 5 steps, "recovery"
-the mean loss of the 40 steps, both the mean over the three kicks; "kicked hard" is the loss 40
-steps after a kick of deviation 8 at step 40.
+All are run, without noise, on new tasks from their own starts. "at 40", "at 400": the loss there,
+mean of 5 steps; "drift": the difference, above 0 where going on did harm; "worst": the largest loss
+of steps 41 to 400. Kicks add normal noise of deviation 2 to the parameters of steps 10, 40 and 200,
+one at a time, where the hidden state goes on: "kicked" is the loss 40 steps after, mean of 5 steps,
+"recovery" the mean loss of the 40 steps, both the mean over the three kicks; "kicked hard" is the
+loss 40 steps after a kick of deviation 8 at step 40; "later" and "hard, later" the loss 360 steps
+after kicks of 2 and 8 at step 40, when all that is slow has come back.
 
 Each way is meta-trained anew for each of the meta-seeds, which have initial weights, tasks of
 meta-training and new tasks of their own, common to all ways: so the differences between two ways
 are independent from one meta-seed to the next, and the intervals (95 %, Student's t) are over
 meta-seeds, whose difference is a mean over tasks. They cover what is drawn of both.
 
-Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 21 minutes
+Run: ``python benchmarks/policy_optimizer.py [--quick] [--figure PATH] [--json PATH]``, 45 minutes
 of CPU. In parts: ``--folder runs/policy`` keeps what was meta-trained and measured, and goes on
 from there; ``--only "small net"`` leaves out the other tasks; ``--meta-seeds``, ``--seconds``.
 """
@@ -72,6 +79,7 @@ FAMILIES = {
 HORIZON, LONGER = 40, 400
 KICKED, HARD = (10, 40, 200), 40  # steps at which parameters are kicked
 SIZE, HARD_SIZE = 2.0, 8.0  # deviations
+SHARE, MOST = 0.5, 4.0  # of scattered starts: how many, and the largest deviation
 NEW = 128  # tasks on which each meta-seed's rules are compared
 # Settings, of each task the best of those tried on other tasks with another meta-seed (README.md):
 # the deviation of the policy's steps when meta-training begins, and at its end,
@@ -82,14 +90,27 @@ NOISE = {
 }
 # and rates of the outer optimizer.
 POLICY, PIECES, SHORT = "policy", "truncated 5 / 40", "unrolls of 5"
+SCATTERED = ", scattered"
+BEST = POLICY + SCATTERED
 RATES = {
-    "logistic regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.05},
-    "robust regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.02},
-    "small net": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.005},
+    "logistic regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.05, SHORT + SCATTERED: 0.02},
+    "robust regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.02, SHORT + SCATTERED: 0.02},
+    "small net": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.005, SHORT + SCATTERED: 0.02},
 }
+PAIRS = (  # compared: the second is what the claim is about, trained on what it was meant for,
+    (BEST, SHORT),
+    (BEST, SHORT + SCATTERED),  # on the same starts,
+    (POLICY, SHORT),  # on the same starts, if these are the family's own,
+    (BEST, PIECES),  # and trained on all phases.
+    (BEST, PIECES + SCATTERED),
+    (BEST, POLICY),
+)
 NEW_TASKS, OF_KICKS, TUNING = 7_000_001, 7_000_002, 7_000_003  # seeds
 UNTRAINED, SGD, ADAM = "untrained", "tuned SGD", "tuned Adam"
-QUANTITIES = ("at 40", "at 400", "drift", "worst", "kicked", "recovery", "kicked hard")
+QUANTITIES = (
+    *("at 40", "at 400", "drift", "worst", "kicked", "recovery", "kicked hard"),
+    *("later", "hard, later"),
+)
 Contender = tuple[fmeta.Optimizer, Any]
 
 
@@ -129,25 +150,45 @@ class Network:
 RULE = fmeta.coordinatewise(Network())
 
 
+def scattered(family: TaskFamily) -> TaskFamily:
+    """The family, of which a share of the trainings begins somewhere else."""
+
+    def init(config: Any, generator: torch.Generator) -> Any:
+        params = family.init(config, generator)
+        chance, size = torch.rand(2, generator=generator).tolist()
+        size *= MOST * (chance < SHARE)
+        return trees.map(lambda p: p + size * torch.randn(p.shape, generator=generator), params)
+
+    return family._replace(init=init)
+
+
 def ways(family: TaskFamily) -> dict[str, Estimator]:
     """All of meta-parameters ``{"rule": weights, "std": number}``, of which the rule is learned."""
     pieces: dict[str, Any] = {"num_tasks": 32, "truncation": 5, "bind": rule_of}
-    return {
-        POLICY: score_function(
+    found: dict[str, Estimator] = {}
+    for start, own in ((SCATTERED, scattered(family)), ("", family)):
+        found[POLICY + start] = score_function(
             RULE,
-            family,
+            own,
             num_tasks=8,
             num_rollouts=8,
             horizon=HORIZON,
             std=lambda meta, config: meta["std"],
             discount=0.9,
             baseline="fitted_rollouts",
+            normalize="step",
             recurrent=False,
             bind=rule_of,
-        ),
-        PIECES: truncated(RULE, family, horizon=HORIZON, **pieces),
-        SHORT: truncated(RULE, family, horizon=5, **pieces),
-    }
+        )
+        found[PIECES + start] = truncated(RULE, own, horizon=HORIZON, **pieces)
+        found[SHORT + start] = truncated(RULE, own, horizon=5, **pieces)
+    return found
+
+
+def rate_of(task: str, way: str) -> float:
+    """Of the outer optimizer; without one of its own that for the family's own starts."""
+    rates = RATES[task]
+    return rates[way] if way in rates else rates[way.removesuffix(SCATTERED)]
 
 
 def rule_of(meta: Any, config: Any) -> tuple[Any, None]:
@@ -208,7 +249,7 @@ def meta_train(task: str, seed: int, seconds: float) -> Trained:
     """All ways, in turn: who has used the least time goes on."""
     start = RULE.init(fold_in(seed))
     trainings = {
-        name: MetaTraining(estimator, RATES[task][name], NOISE[task], start, seed, seconds)
+        name: MetaTraining(estimator, rate_of(task, name), NOISE[task], start, seed, seconds)
         for name, estimator in ways(FAMILIES[task]).items()
     }
     while (next_one := min(trainings.values(), key=lambda x: x.used)).left > 0:
@@ -222,7 +263,7 @@ def meta_train(task: str, seed: int, seconds: float) -> Trained:
 def train(
     contender: Contender, family: TaskFamily, seed: int, tasks: int, steps: int
 ) -> dict[str, Tensor]:
-    """Losses ``(tasks, steps)`` of ``"plain"``, and ``(tasks, 40)`` after each kick."""
+    """Losses ``(tasks, steps)`` of ``"plain"``, ``(tasks, steps after)`` of each kick."""
     rule, weights = contender
     seed += NEW_TASKS
     drawn = stack_tasks([sample_task(family, steps, seed, i) for i in range(tasks)])
@@ -246,7 +287,8 @@ def train(
             for name, (when, size) in kicks.items():
                 if when == end:
                     thrown = trees.map(lambda p, z, size=size: p + size * z, params, noise)
-                    found[name] = go_on(thrown, hidden, end, end + HORIZON).losses
+                    last = steps if end == HARD else end + HORIZON
+                    found[name] = go_on(thrown, hidden, end, last).losses
         return found | {"plain": torch.cat(plain)}
 
     with torch.no_grad():
@@ -266,10 +308,12 @@ def quantities(losses: dict[str, Tensor]) -> dict[str, float]:
     """Means over the tasks of a meta-seed."""
     plain = losses["plain"]
     early, late = plain[:, HORIZON - 5 : HORIZON].mean(), plain[:, -5:].mean()
-    kicked = torch.stack([x for name, x in losses.items() if name.startswith("kicked at")])
+    soon = {name: x[:, :HORIZON] for name, x in losses.items() if name != "plain"}
+    kicked = torch.stack([x for name, x in soon.items() if name != "kicked hard"])
     found = (
         *(early, late, late - early, plain[:, HORIZON:].amax(1).mean()),
-        *(kicked[..., -5:].mean(), kicked.mean(), losses["kicked hard"][:, -5:].mean()),
+        *(kicked[..., -5:].mean(), kicked.mean(), soon["kicked hard"][:, -5:].mean()),
+        *(losses[name][:, -5:].mean() for name in (f"kicked at {HARD}", "kicked hard")),
     )
     return {name: float(x) for name, x in zip(QUANTITIES, found, strict=True)}
 
@@ -333,19 +377,13 @@ def measure(
 
 
 def told(several: list[Measured]) -> dict[str, dict[str, Any]]:
-    """By contender and quantity: means, and ``policy - it`` with its interval over meta-seeds."""
-
-    def each(name: str, q: str) -> Tensor:
-        return torch.tensor([one.values[name][q] for one in several], dtype=torch.float64)
-
+    """By contender and quantity: the mean, and what each meta-seed has."""
     found: dict[str, dict[str, Any]] = {}
     for name in several[0].values:
         found[name] = {"meta-training": [one.notes[name] for one in several]}
         for q in QUANTITIES:
-            own, of_policy = each(name, q), each(POLICY, q)
-            found[name][q] = {"mean": float(own.mean()), "of meta-seeds": own.tolist()}
-            if name != POLICY and len(several) > 1:
-                found[name][q]["policy minus it"] = paired_difference(of_policy, own)
+            own = [one.values[name][q] for one in several]
+            found[name][q] = {"mean": sum(own) / len(own), "of meta-seeds": own}
     return found
 
 
@@ -355,32 +393,45 @@ def rows_of(task: str, numbers: dict[str, dict[str, Any]]) -> list[dict[str, Any
         notes = own["meta-training"]
         row = {"task": task, "rule": name}
         row["outer steps"] = notes[0] if len(set(notes)) == 1 else f"{min(notes)} to {max(notes)}"
-        for q in QUANTITIES:
-            row[q] = f"{own[q]['mean']:.3f}"
-            if "policy minus it" in own[q]:
-                mean, low, high = own[q]["policy minus it"]
-                row[q] += f" ({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
-        rows.append(row)
+        rows.append(row | {q: f"{own[q]['mean']:.3f}" for q in QUANTITIES})
     return rows
 
 
-def verdicts(numbers: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, str]]:
-    """Whether the policy is better than the other ways, by the interval."""
-    rows = []
-    for other in (SHORT, PIECES):
-        for task, own in numbers.items():
-            row = {"against": other, "task": task}
-            for q in QUANTITIES:
-                _, low, high = own[other][q]["policy minus it"]
-                row[q] = "better" if high < 0 else "worse" if low > 0 else "level"
-            rows.append(row)
-    return rows
+def differences(numbers: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each pair the first minus the second: mean and interval over meta-seeds."""
+
+    def each(task: str, name: str, q: str) -> Tensor:
+        return torch.tensor(numbers[task][name][q]["of meta-seeds"], dtype=torch.float64)
+
+    return [
+        {"pair": pair, "task": task, "quantity": q, "found": (mean, low, high)}
+        for pair in PAIRS
+        for task in numbers
+        for q in QUANTITIES
+        for mean, low, high in [paired_difference(*(each(task, name, q) for name in pair))]
+    ]
+
+
+def tables_of(found: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """The differences as numbers, and as words by the interval."""
+    exact: dict[Any, dict[str, str]] = {}
+    words: dict[Any, dict[str, str]] = {}
+    for one in found:
+        (first, second), (mean, low, high) = one["pair"], one["found"]
+        head = {"first": first, "second": second, "task": one["task"]}
+        key = tuple(head.values())
+        exact.setdefault(key, dict(head))[one["quantity"]] = (
+            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+        word = "better" if high < 0 else "**worse**" if low > 0 else "level"
+        words.setdefault(key, dict(head))[one["quantity"]] = word
+    return {"differences": list(exact.values()), "verdicts": list(words.values())}
 
 
 def draw(path: Path, curves: dict[str, list[dict[str, dict[str, Tensor]]]]) -> None:
     figure, axes = grid_of_axes(2 * len(curves))
-    names = (POLICY, PIECES, SHORT, SGD, ADAM)
-    colours = dict(zip(names, (*PALETTE[:3], INK, MUTED), strict=True))
+    names = (BEST, SHORT, SHORT + SCATTERED, PIECES, SGD, ADAM)
+    colours = dict(zip(names, (*PALETTE[:4], INK, MUTED), strict=True))
     for i, (task, by_seed) in enumerate(curves.items()):
         whole, after = axes[i], axes[len(curves) + i]
         for name, colour in colours.items():
@@ -433,10 +484,13 @@ def main() -> None:
             print(f"{task}, meta-seed {seed}: {time.process_time() - began:.0f} s", flush=True)
     numbers = {task: told(several) for task, several in found.items()}
     rows = [row for task, own in numbers.items() for row in rows_of(task, own)]
+    compared = differences(numbers) if len(seeds) > 1 else []
+    tables = tables_of(compared)
     print("\n" + table(rows) + "\n")
-    print("In brackets: the policy minus this one, mean and 95 % interval over meta-seeds.\n")
-    if len(seeds) > 1:
-        print("The policy, by these intervals:\n" + table(verdicts(numbers)) + "\n")
+    if compared:
+        print("First minus second, mean and 95 % interval over meta-seeds (below 0: better):\n")
+        print(table(tables["differences"]) + "\n\nThe first, by these intervals:\n")
+        print(table(tables["verdicts"]) + "\n")
     if args.figure is not None:
         draw(args.figure, {task: [one.curves for one in own] for task, own in found.items()})
     finish(
@@ -444,6 +498,7 @@ def main() -> None:
         {
             "rows": rows,
             "numbers": numbers,
+            **tables,
             "seconds": seconds,
             "meta_seeds": list(seeds),
             "environment": environment(),
