@@ -21,6 +21,7 @@ from fmeta.optimizers._coordinate_net import (
     time_of,
 )
 from fmeta.optimizers._features import clamped_rsqrt, factored_axes, normalize
+from fmeta.optimizers._layout import Layout, long_axis_last
 from fmeta.optimizers._tiles import Scratch
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Net",
     "Sides",
     "axes_of",
+    "layout_of",
     "net_of",
     "of_sides",
     "planes",
@@ -121,7 +123,9 @@ def planes(decays: Any) -> list[str]:
 
 def start(p: Tensor, decays: Decays) -> dict[str, Tensor]:
     """The first hidden state of a leaf."""
-    state, n = {name: torch.zeros_like(p) for name in planes(decays)}, len(decays.adafactor)
+    layout, n = layout_of(tuple(p.shape), 0), len(decays.adafactor)
+    like = p if layout is None else layout.empty(p)
+    state = {name: torch.zeros_like(like) for name in planes(decays)}
     lacks: dict[str, int | None] = {"v": None}
     if p.ndim > 1:
         d1, d0 = factored_axes(p.shape)
@@ -195,6 +199,13 @@ def axes_of(p: Tensor, batch: int) -> tuple[int, int] | None:
         return None
     d1, d0 = factored_axes(p.shape[batch:])
     return d1 + batch, d0 + batch
+
+
+def layout_of(shape: tuple[int, ...], batch: int) -> Layout | None:
+    """The order of axes in which tiles and the state lie in memory; None: as they are given."""
+    if len(shape) - batch < 2:
+        return None
+    return long_axis_last(shape, batch + max(factored_axes(shape[batch:])), batch)
 
 
 def second_moments(

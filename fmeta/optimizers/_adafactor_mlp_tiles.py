@@ -10,9 +10,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fmeta.optimizers._adafactor_mlp_net import Net, axes_of, of_sides, planes, second_moments
+from fmeta.optimizers._adafactor_mlp_net import (
+    Net,
+    Sides,
+    axes_of,
+    layout_of,
+    of_sides,
+    planes,
+    second_moments,
+)
 from fmeta.optimizers._coordinate_net import Features, tiled_steps, time_bias
 from fmeta.optimizers._features import tiled_means
+from fmeta.optimizers._layout import Layout
 from fmeta.optimizers._tiles import Cuts
 
 __all__ = ["tiled"]
@@ -37,22 +46,30 @@ def tiled(
     def squared(part: Tensor, _: Tensor) -> Tensor:
         return torch.mul(part, part, out=net.scratch("features", part, part.shape))
 
-    cuts, axes = Cuts(p.shape, size), axes_of(p, batch)
+    axes, layout = axes_of(p, batch), layout_of(tuple(p.shape), batch)
     bias = [time_bias(net.time, h["count"], p, batch)]
     if axes is None:
-        columns, second = net.flat_columns, second_moments(net, h, {"v": g * g}, own)
+        cuts, columns = Cuts(p.shape, size), net.flat_columns
+        second = second_moments(net, h, {"v": g * g}, own)
         of_second = [cuts.of(second["v"].movedim(-1, 0), 1)]
     else:
         row, col = tiled_means(squared, g, axes, size)
-        columns, second = net.columns, second_moments(net, h, {"row": row, "col": col}, own)
-        sides = of_sides(net, second, axes, batch)
+        second = second_moments(net, h, {"row": row, "col": col}, own)
+        sides, columns = of_sides(net, second, axes, batch), net.columns
+        if layout is not None:
+            sides = Sides(*(layout.into(x, 1).contiguous() for x in sides))
+            p, g = (layout.into(x).contiguous() for x in (p, g))
+        cuts = Cuts(p.shape, size)
         of_second = [cuts.of(x, 1) for x in (sides.row_factor, sides.col_factor)]
         bias = [bias[0] + sides.row_bias, sides.col_bias]
     old = {name: h[name] for name in planes(net)}
-    new = {name: x if own else torch.empty_like(x) for name, x in old.items()}
+    new = {name: _new(x, layout, own) for name, x in old.items()}
     weights = (*net.momentum, *net.rms)
     of_p, of_g = cuts.of(p), cuts.of(g)
-    of_old, of_new = ([cuts.of(x) for x in state.values()] for state in (old, new))
+    of_old, of_new = (
+        [cuts.of(x if layout is None else layout.into(x)) for x in state.values()]
+        for state in (old, new)
+    )
     n, k, a = len(net.momentum), len(net.rms), len(net.adafactor)
     at = 2 + n + k  # features that are given: g, p, m, v
 
@@ -79,4 +96,12 @@ def tiled(
 
     features = Features(columns.shape[1], fill, bias)
     delta = tiled_steps(features, cuts, columns, net.layers, p, batch, net.scratch)
+    delta = delta if layout is None else layout.back(delta)
     return delta, {**new, **second, "count": h["count"] + 1}
+
+
+def _new(old: Tensor, layout: Layout | None, own: bool) -> Tensor:
+    """Memory for what replaces ``old``."""
+    if own and (layout is None or layout.fits(old)):
+        return old
+    return torch.empty_like(old) if layout is None else layout.empty(old)

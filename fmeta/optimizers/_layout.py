@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "small_matrices_first"]
+__all__ = ["Layout", "long_axis_last", "small_matrices_first"]
 
 # Below this many elements, a loop over a matrix is too short to be fast.
 _SHORT = 2**8
+# Loops over fewer elements than this hardly use a vector of numbers.
+_LANES = 8
 
 
 class Layout(NamedTuple):
@@ -65,6 +68,19 @@ def small_matrices_first(shape: tuple[int, ...], batch: int = 0) -> Layout | Non
     if n - batch < 3 or shape[-1] * shape[-2] >= _SHORT:
         return None
     return Layout((n - 2, n - 1, *range(n - 2)), batch)
+
+
+def long_axis_last(shape: tuple[int, ...], axis: int, batch: int = 0) -> Layout | None:
+    """The small axes behind ``axis`` before it; None where there are none, or ``axis`` is short.
+
+    What is constant along an axis of the kernels of a convolution, ``(out, in, 3, 3)``, changes
+    with every ninth number of its memory; as ``(out, 3, 3, in)`` loops over it are long.
+    """
+    behind = range(axis + 1, len(shape))
+    short = math.prod(shape[i] for i in behind)
+    if short == 1 or short >= _SHORT or shape[axis] < _LANES:
+        return None
+    return Layout((*range(axis), *behind, axis), batch)
 
 
 def _around(order: tuple[int, ...], x: Tensor, before: int) -> list[int]:

@@ -261,3 +261,20 @@ def test_weights_of_another_rule_are_refused_by_name():
     state = rule.init_hidden(rule.init(), p)
     with pytest.raises(ValueError, match=r"it learns .*momentum_decays"):
         rule.step(fmeta.optimizers.mlp().init(), p, p, state)
+
+
+@pytest.mark.parametrize("consuming", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_state_of_kernels_lies_as_tiles_go_over_it_and_survives_other_memory(count, consuming):
+    rule = adafactor_mlp(step_mult=0.1, chunk_size=500)
+    th = rule.init(torch.Generator().manual_seed(0))
+    params = {str(i): torch.randn(12, 16, 3, 3, dtype=torch.float64) for i in range(count)}
+    update = consuming_update(rule) if consuming else rule.update
+    hidden = rule.init_hidden(th, params)
+    assert hidden.leaves["0"]["m0"].stride(1) == 1
+    packed = trees.map(lambda x: x.clone(memory_format=torch.contiguous_format), hidden)
+    for _ in range(3):
+        want, hidden = update(th, params, params, hidden)
+        found, packed = update(th, params, params, packed)
+        torch.testing.assert_close((found, packed), (want, hidden), rtol=1e-12, atol=1e-12)
+    assert packed.leaves["0"]["m0"].stride(1) == 1  # and lies so from the first step on
