@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fmeta import trees
 from fmeta._inductor import recorded_options
 from fmeta._products import turn_products
+from fmeta._strides import in_strides, packed_strides
 
 __all__ = [
     "VIEWS",
@@ -77,6 +78,9 @@ class Traced:
             they are compiled: for networks of linear layers, whose derivatives are full of them.
         written_out: whether rules see that they are recorded for a compiler (`for_compiler`): where
             they are not differentiated within ``fn``.
+        carried: arguments ``carried[0]`` to ``carried[1] - 1`` are, in the next call, the first
+            results of this one. What is compiled then takes them as it gives them, with their axes
+            in the same order in memory; whatever else it is given is copied into that order.
     """
 
     def __init__(
@@ -88,9 +92,10 @@ class Traced:
         most: int | None = None,
         turned: bool = False,
         written_out: bool = False,
+        carried: tuple[int, int] = (0, 0),
     ) -> None:
         self.fn, self.compile, self.after, self.written_out = fn, compile, after, written_out
-        self.most, self.turned = most, turned
+        self.most, self.turned, self.carried = most, turned, carried
         self.recorded: dict[Any, Any] = {}
         self.calls: Counter[Any] = Counter()
 
@@ -113,7 +118,7 @@ class Traced:
                 return self.fn(*args)
             return trees.unflatten(out_spec, replay(*flat))
 
-    def _record(self, flat: list[Tensor], spec: Any) -> tuple[Any, Any]:
+    def _record(self, flat: list[Tensor], spec: Any, again: bool = False) -> tuple[Any, Any]:
         if any(x.is_meta for x in flat):  # without values nothing tells a right recording
             return None, None
         out: list[Any] = []
@@ -133,14 +138,37 @@ class Traced:
         simplify(module)
         if _reads_storage(module):
             return self._unrecorded(None)
-        if not equal(module(*flat), flat_fn(*flat)):
+        results = module(*flat)
+        if not equal(results, flat_fn(*flat)):
             return self._unrecorded(None)
-        if self.compile:
-            if self.turned:
-                turn_products(module)
-            options = recorded_options(flat, self.written_out)
-            return torch.compile(module, fullgraph=True, dynamic=False, options=options), out[0]
-        return module.forward, out[0]  # a call of a module costs as much as an operation
+        if not self.compile:
+            return module.forward, out[0]  # a call of a module costs as much as an operation
+        strides = self._strides(flat, spec, results)
+        given = [in_strides(x, s) for x, s in zip(flat, strides, strict=True)]
+        if not again and any(a is not b for a, b in zip(flat, given, strict=True)):
+            return self._record(given, spec, again=True)
+        return self._compiled(module, given, strides), out[0]
+
+    def _strides(self, flat: list[Tensor], spec: Any, results: list[Tensor]) -> list[Any]:
+        """The strides in which what is compiled takes its arguments."""
+        strides = [packed_strides(x) for x in flat]
+        args, (first, last) = trees.unflatten(spec, flat), self.carried
+        start, count = (len(trees.leaves(x)) for x in (args[:first], args[first:last]))
+        for i, x in enumerate(results[:count], start):
+            if x.shape == flat[i].shape:
+                strides[i] = packed_strides(x)
+        return strides
+
+    def _compiled(self, module: Any, given: list[Tensor], strides: list[Any]) -> Any:
+        if self.turned:
+            turn_products(module)
+        options = recorded_options(given, self.written_out)
+        call = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+
+        def replay(*flat: Tensor) -> Any:
+            return call(*map(in_strides, flat, strides))
+
+        return replay
 
     def _unrecorded(self, error: Exception | None) -> tuple[None, None]:
         if self.compile:

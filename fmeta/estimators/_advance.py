@@ -70,7 +70,7 @@ def by_steps(
         step = (
             TracedWithGradient(step, 3, compile=compile)
             if differentiated
-            else Traced(step, compile=compile, written_out=True)
+            else Traced(step, compile=compile, written_out=True, carried=(1, 3))
         )
 
     def advance_chunk(
