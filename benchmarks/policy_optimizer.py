@@ -16,10 +16,11 @@ initial weights, with the same outer optimizer:
 - "truncated 5 / 40": backpropagation through 5 steps of trainings that go on to 40;
 - "unrolls of 5": backpropagation through whole trainings of 5 steps.
 
-Each in two forms: on trainings from the family's own starts, and ", scattered": in half of the
+In two forms: on trainings from the family's own starts, and ", scattered": in half of the
 trainings normal noise is added to the start, of a deviation between 0 and 4 that is drawn anew, so
 that a rule sees from where it may have to come back (Li and Malik draw starts widely too). No way
-sees a kick while it is meta-trained.
+sees a kick while it is meta-trained. ``--ways`` chooses among the six; without it, the policy and
+the unrolls of 5 from scattered starts, and both truncated ones from the family's own.
 
 Beside them the untrained rule, and SGD and Adam with rates tuned for 40 steps of the same family.
 All are run, without noise, on new tasks from their own starts. "at 40", "at 400": the loss there,
@@ -45,7 +46,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,10 +94,13 @@ POLICY, PIECES, SHORT = "policy", "truncated 5 / 40", "unrolls of 5"
 SCATTERED = ", scattered"
 BEST = POLICY + SCATTERED
 RATES = {
-    "logistic regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.05, SHORT + SCATTERED: 0.02},
+    "logistic regression": {POLICY: 0.08, PIECES: 0.02, SHORT: 0.05, SHORT + SCATTERED: 0.05},
     "robust regression": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.02, SHORT + SCATTERED: 0.02},
-    "small net": {POLICY: 0.04, PIECES: 0.02, SHORT: 0.005, SHORT + SCATTERED: 0.02},
+    "small net": {POLICY: 0.08, PIECES: 0.02, SHORT: 0.01, SHORT + SCATTERED: 0.05},
 }
+TASKS = {"logistic regression": 8, "robust regression": 8, "small net": 16}  # of the policy
+SECONDS = {"logistic regression": 20.0, "robust regression": 20.0, "small net": 40.0}
+WAYS = (BEST, SHORT, SHORT + SCATTERED, PIECES)  # those that run without being asked for
 PAIRS = (  # compared: the second is what the claim is about, trained on what it was meant for,
     (BEST, SHORT),
     (BEST, SHORT + SCATTERED),  # on the same starts,
@@ -162,15 +166,16 @@ def scattered(family: TaskFamily) -> TaskFamily:
     return family._replace(init=init)
 
 
-def ways(family: TaskFamily) -> dict[str, Estimator]:
+def ways(task: str) -> dict[str, Estimator]:
     """All of meta-parameters ``{"rule": weights, "std": number}``, of which the rule is learned."""
+    family = FAMILIES[task]
     pieces: dict[str, Any] = {"num_tasks": 32, "truncation": 5, "bind": rule_of}
     found: dict[str, Estimator] = {}
     for start, own in ((SCATTERED, scattered(family)), ("", family)):
         found[POLICY + start] = score_function(
             RULE,
             own,
-            num_tasks=8,
+            num_tasks=TASKS[task],
             num_rollouts=8,
             horizon=HORIZON,
             std=lambda meta, config: meta["std"],
@@ -245,12 +250,13 @@ class Trained(NamedTuple):
     steps: dict[str, int]  # outer steps made
 
 
-def meta_train(task: str, seed: int, seconds: float) -> Trained:
-    """All ways, in turn: who has used the least time goes on."""
+def meta_train(task: str, seed: int, seconds: float, chosen: Sequence[str]) -> Trained:
+    """The chosen ways, in turn: who has used the least time goes on."""
     start = RULE.init(fold_in(seed))
     trainings = {
         name: MetaTraining(estimator, rate_of(task, name), NOISE[task], start, seed, seconds)
-        for name, estimator in ways(FAMILIES[task]).items()
+        for name, estimator in ways(task).items()
+        if name in chosen
     }
     while (next_one := min(trainings.values(), key=lambda x: x.used)).left > 0:
         next_one.go_on()
@@ -350,6 +356,7 @@ def measure(
     task: str,
     seed: int,
     seconds: float,
+    chosen: Sequence[str],
     by_hand: dict[str, tuple[Contender, float]],
     tasks: int,
     steps: int,
@@ -358,7 +365,7 @@ def measure(
     """All contenders of a meta-seed, on its new tasks."""
     if kept is not None and kept.exists():
         return Measured(**torch.load(kept, weights_only=True)["measured"])
-    family, trained = FAMILIES[task], meta_train(task, seed, seconds)
+    family, trained = FAMILIES[task], meta_train(task, seed, seconds, chosen)
     found: dict[str, Contender] = {name: (RULE, w) for name, w in trained.weights.items()}
     found |= {UNTRAINED: (RULE, RULE.init(fold_in(seed)))}
     found |= {name: contender for name, (contender, _) in by_hand.items()}
@@ -406,6 +413,7 @@ def differences(numbers: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str,
     return [
         {"pair": pair, "task": task, "quantity": q, "found": (mean, low, high)}
         for pair in PAIRS
+        if all(name in own for name in pair for own in numbers.values())
         for task in numbers
         for q in QUANTITIES
         for mean, low, high in [paired_difference(*(each(task, name, q) for name in pair))]
@@ -432,6 +440,8 @@ def draw(path: Path, curves: dict[str, list[dict[str, dict[str, Tensor]]]]) -> N
     figure, axes = grid_of_axes(2 * len(curves))
     names = (BEST, SHORT, SHORT + SCATTERED, PIECES, SGD, ADAM)
     colours = dict(zip(names, (*PALETTE[:4], INK, MUTED), strict=True))
+    first = next(iter(curves.values()))[0]
+    colours = {name: colour for name, colour in colours.items() if name in first}
     for i, (task, by_seed) in enumerate(curves.items()):
         whole, after = axes[i], axes[len(curves) + i]
         for name, colour in colours.items():
@@ -457,13 +467,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw them into this .png file")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="keeps what is meta-trained")
     parser.add_argument("--only", choices=list(FAMILIES), action="append", help="these tasks")
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time of a meta-training")
+    parser.add_argument(
+        "--ways", choices=list(ways("small net")), nargs="+", default=WAYS, help="to meta-train"
+    )
+    parser.add_argument("--seconds", type=float, help="CPU time of each meta-training")
     parser.add_argument("--meta-seeds", type=int, default=6, help="meta-trainings of each way")
     parser.add_argument("--seed", type=int, default=0, help="the first of them")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seconds = 0.5 if args.quick else args.seconds
+    seconds = dict.fromkeys(SECONDS, 0.5) if args.quick else SECONDS
+    if args.seconds:
+        seconds = dict.fromkeys(SECONDS, args.seconds)
     seeds = range(args.seed, args.seed + (2 if args.quick else args.meta_seeds))
     tasks, steps = (4, 2 * HORIZON) if args.quick else (NEW, LONGER)
     began = time.process_time()
@@ -479,8 +494,8 @@ def main() -> None:
     for seed in seeds:
         for task in chosen:
             kept = args.folder and args.folder / f"{task.replace(' ', '-')}-{seed}.pt"
-            given = (by_hand[task], tasks, steps, kept)
-            found[task].append(measure(task, seed, seconds, *given))
+            given = (args.ways, by_hand[task], tasks, steps, kept)
+            found[task].append(measure(task, seed, seconds[task], *given))
             print(f"{task}, meta-seed {seed}: {time.process_time() - began:.0f} s", flush=True)
     numbers = {task: told(several) for task, several in found.items()}
     rows = [row for task, own in numbers.items() for row in rows_of(task, own)]
@@ -499,7 +514,7 @@ def main() -> None:
             "rows": rows,
             "numbers": numbers,
             **tables,
-            "seconds": seconds,
+            "seconds": {task: seconds[task] for task in chosen},
             "meta_seeds": list(seeds),
             "environment": environment(),
         },
