@@ -10,14 +10,13 @@ from torch import Tensor
 
 from fmeta._lift import lift
 from fmeta.optimizer import Optimizer
-from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, fused
+from fmeta.optimizers._adafactor_mlp_fused import fused, is_fused
 from fmeta.optimizers._adafactor_mlp_net import Decays, Net, net_of, planes, start, steps, width
 from fmeta.optimizers._adafactor_mlp_tiles import tiled
 from fmeta.optimizers._adafactor_mlp_written import is_written_out, written_out
 from fmeta.optimizers._common import check_number
 from fmeta.optimizers._coordinate_net import draw_layers, tile_size
 from fmeta.optimizers._features import is_unobserved
-from fmeta.optimizers._fused import FUSED_NUMEL
 
 __all__ = ["adafactor_mlp", "check_sizes"]
 
@@ -58,8 +57,8 @@ def adafactor_mlp(
         chunk_size: coordinates a tile, where no derivative is recorded. Default: a size that suits
             the caches on a CPU, the whole tensor elsewhere.
         compile: whether large tensors go through a few kernels made by `torch.compile` (C++ or
-            Triton), where no derivative is recorded and no layer has more than 8 units; takes about
-            a minute for each number of axes, once, and is kept on disk by torch.
+            Triton), where no derivative is recorded and no layer has more than 32 units; takes some
+            time once (see benchmarks/README.md) and is kept on disk by torch.
 
     Returns:
         An `Optimizer` with ``opt_params``: weights ``w0: (39, 4)``, ``b0: (4)``, ``w1``, ... (as
@@ -107,9 +106,8 @@ def adafactor_mlp(
             return written_out(net, p, g, h)
         if not is_unobserved(p, g, *(h[name] for name in planes(net)), *net.tensors()):
             return steps(net, p, g, h, batch)
-        large = compile and not batch and p.ndim > 1 and p.numel() > FUSED_NUMEL
-        if large and max(len(w) for w, _ in [(net.columns, None), *net.layers]) <= MOST_UNITS:
-            return fused(net, p, g, h)
+        if compile and is_fused(net, p, batch):
+            return fused(net, p, g, h, batch, own)
         size = chunk_size or tile_size(net.columns, net.layers, p)
         return tiled(net, p, g, h, batch, size, own)
 

@@ -1,106 +1,134 @@
-"""`adafactor_mlp` in compiled passes: three over a tensor, each without temporaries.
+"""`adafactor_mlp` compiled: a few loops over a tensor, without temporaries.
 
-What the passes compute is what `fmeta.optimizers._adafactor_mlp_net` computes; see there for the
-formulas. They are cut at the means over rows and columns and at the features' root mean squares.
+The loops are in `fmeta.optimizers._adafactor_mlp_loops`. Several tensors of one shape go together,
+in the order of axes of `Form`; their state lies in memory in that order and is changed in place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fmeta.optimizers._adafactor_mlp_net import Net, of_sides, planes, second_moments
-from fmeta.optimizers._coordinate_net import EPS, Layers, time_bias
+from fmeta.optimizers._adafactor_mlp_loops import Sizes, features, loops_of
+from fmeta.optimizers._adafactor_mlp_net import Net, planes
+from fmeta.optimizers._coordinate_net import time_bias
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._fused import compiled, layer, of_one_order, one_loop, sums_of_squares
+from fmeta.optimizers._forms import Part
+from fmeta.optimizers._fused import FUSED_NUMEL, recorded
 
-__all__ = ["MOST_UNITS", "features", "fused"]
+__all__ = ["MOST_UNITS", "features", "form_of", "fused", "is_fused"]
 
-# Networks with wider layers are too long written out unit by unit.
+# Networks with wider layers are too long written out unit by unit: in a step that is compiled as a
+# whole, for each of its tensors; and in the loops here, of which there is one for all.
 MOST_UNITS = 8
+_MOST_UNITS = 32
+# Loops over fewer coordinates than this would hardly use a vector of numbers.
+_SHORT = 8
+# What is left over of shorter loops than this, by vectors of so many, would take most of the time.
+_LONG, _LANES = 48, 16
+
+
+class Form(NamedTuple):
+    """How a tensor of at least two axes is seen, or a stack of them: as ``(B, o, k, i)``.
+
+    The axes o and i are the two largest, along which second moments are factored; k is all others.
+
+    Attributes:
+        plane: of what has the leaf's shape.
+        first: of factored second moments that lack i, ``(B, decays, o, k)``.
+        second: of those that lack o, ``(B, decays, k, i)``.
+        rows_first: whether ``first`` are the rows, which lack the largest axis.
+    """
+
+    plane: Part
+    first: Part
+    second: Part
+    rows_first: bool
+
+    def parts(self, names: list[str]) -> dict[str, Part]:
+        """Of the entries of the state, those with the leaf's shape first."""
+        sides = ("row", "col") if self.rows_first else ("col", "row")
+        factored = zip(sides, (self.first, self.second), strict=True)
+        return {**{name: self.plane for name in names}, **dict(factored)}
+
+
+def form_of(shape: tuple[int, ...], batch: int, decays: int) -> Form:
+    """The form for a leaf of at least two axes, or a stack of them along ``batch`` leading axes."""
+    d1, d0 = (axis + batch for axis in factored_axes(shape[batch:]))
+    outer, inner = sorted((d1, d0))
+    if shape[inner] < _SHORT:  # loops are along it
+        outer, inner = inner, outer
+    lead, n = tuple(range(batch)), len(shape)
+    others = tuple(axis for axis in range(batch, n) if axis not in (outer, inner))
+    b, k = math.prod(shape[:batch]), math.prod(shape[axis] for axis in others)
+
+    def side(own: tuple[int, ...], without: int) -> tuple[int, ...]:
+        """The order of a side's axes; its last one is that of decays."""
+        return (*lead, n - 1, *(axis - (axis > without) for axis in own))
+
+    return Form(
+        Part((*lead, outer, *others, inner), (b, shape[outer], k, shape[inner])),
+        Part(side((outer, *others), inner), (b, decays, shape[outer], k)),
+        Part(side((*others, inner), outer), (b, decays, k, shape[inner])),
+        d0 == inner,
+    )
+
+
+def is_fused(net: Net, p: Tensor, batch: int) -> bool:
+    """Whether tensors are large enough for the compiled loops, and the layers small enough."""
+    if p.ndim - batch < 2 or p.numel() <= FUSED_NUMEL or p.is_meta:
+        return False
+    inner = form_of(tuple(p.shape), batch, len(net.momentum)).plane.sizes[-1]
+    if inner < _LONG and inner % _LANES:
+        return False
+    return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= _MOST_UNITS
 
 
 def fused(
-    net: Net, p: Tensor, g: Tensor, h: Mapping[str, Tensor]
+    net: Net, p: Tensor, g: Tensor, h: Mapping[str, Tensor], batch: int, own: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``-step_mult d exp(exp_mult e)`` and the new state, of a tensor of at least two axes."""
-    names, n, axes = planes(net), len(net.momentum), factored_axes(p.shape)
-    row, col = compiled(_squared_means)(g, axes[1], axes[0])
-    second = second_moments(net, h, {"row": row, "col": col})
-    bias = time_bias(net.time, h["count"], p, 0)
-    sides = of_one_order(of_sides(net, second, axes, 0), axes)
-    row_factor, col_factor, row_bias, col_bias = sides
-    zeros = one_loop(row_factor[0], col_factor[0])
-    old, weights = [h[name] for name in names], [*net.momentum, *net.rms]
-    seen = (row_factor, col_factor, zeros, p, g)
-    new, sums = compiled(_moments_and_squares)(old, weights, n, *seen)
-    squares = torch.cat([x.reshape(1) for x in sums])
-    columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
-    delta = compiled(_steps)(columns, net.layers, row_bias + bias, col_bias, new, n, *seen)
-    return delta, {**dict(zip(names, new, strict=True)), **second, "count": h["count"] + 1}
+    """``-step_mult d exp(exp_mult e)`` and the new state, of tensors of at least two axes.
+
+    Only without derivatives.
+
+    Args:
+        batch: leading axes of ``p`` that are those of a stack.
+        own: whether the state's memory may be used for the new one.
+    """
+    names, shape = planes(net), tuple(p.shape)
+    form, state, new = form_of(shape, batch, len(net.momentum)), [], {}
+    for name, part in form.parts(names).items():
+        x = part.into(h[name].detach())
+        kept = x.data_ptr() == h[name].data_ptr()
+        if kept and not own:
+            x, kept = x.clone(), False
+        state.append(x)
+        new[name] = h[name] if kept else part.back(x, tuple(h[name].shape))
+    units = tuple(len(w) for w in (net.columns, *(w for w, _ in net.layers[:-1])))
+    fn, example = loops_of(Sizes(len(net.momentum), len(net.rms), units))
+    run = recorded(fn, example, p.device, p.dtype)
+    bias = time_bias(net.time, h["count"], p, batch)
+    bias = bias.reshape(len(bias), -1).mT.contiguous()
+    seen = (form.plane.into(x.detach()) for x in (p, g))
+    before, after = _weights(net, form.rows_first)
+    (delta,) = run(*before, bias, *after, *state, *seen)
+    new = {name: new[name] for name in (*names, "row", "col")}
+    return form.plane.back(delta, shape), {**new, "count": h["count"] + 1}
 
 
-# -- passes ------------------------------------------------------------------------------------
-
-
-def _squared_means(g: Tensor, d0: int, d1: int) -> tuple[Tensor, Tensor]:
-    square = g * g
-    return square.mean(d0), square.mean(d1)
-
-
-def _moments_and_squares(
-    old: list[Tensor], weights: list[Tensor], momenta: int, *seen: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The new moments, and the sums of squares of the features."""
-    row, col, zeros, p, g = seen
-    g = g + (zeros[0] + zeros[1])
-    values = [g] * momenta + [g * g] * (len(old) - momenta)
-    new = [torch.lerp(o, x, w) for o, x, w in zip(old, values, weights, strict=True)]
-    return new, sums_of_squares(_features(new, momenta, row, col, zeros, p, g), range(p.ndim))
-
-
-def _features(
-    moments: list[Tensor],
-    momenta: int,
-    row: Tensor,
-    col: Tensor,
-    zeros: tuple[Tensor, Tensor],
-    p: Tensor,
-    g: Tensor,
-) -> list[Tensor]:
-    zero = zeros[0] + zeros[1]
-    p, *moments = (x + zero for x in (p, *moments))
-    return features(moments, momenta, row, col, p, g)
-
-
-def features(
-    moments: list[Tensor], momenta: int, row: Tensor, col: Tensor, p: Tensor, g: Tensor
-) -> list[Tensor]:
-    """The features in the order of `Net.columns`."""
-    m, v = moments[:momenta], moments[momenta:]
-    root = [torch.rsqrt(x + 1e-6) for x in v]
-    factor = [r * c for r, c in zip(row.unbind(0), col.unbind(0), strict=True)]
-    over_root = [x * root[min(i, len(root) - 1)] for i, x in enumerate(m)]
-    by_factor = [x * f for x, f in zip(m, factor, strict=True)]
-    return [g, p, *m, *v, *over_root, *root, *(f * g for f in factor), *by_factor]
-
-
-def _steps(
-    columns: Tensor,
-    layers: Layers,
-    row_bias: Tensor,
-    col_bias: Tensor,
-    moments: list[Tensor],
-    momenta: int,
-    *seen: Any,
-) -> Tensor:
-    zero = seen[2][0] + seen[2][1]
-    bias = [r + c for r, c in zip(row_bias.unbind(0), col_bias.unbind(0), strict=True)]
-    x = layer(_features(moments, momenta, *seen), columns, bias)
-    for w, b in layers:
-        x = layer([torch.relu(u) for u in x], w, [y + zero for y in b.squeeze(1).unbind(0)])
-    direction, magnitude = x
-    return direction * torch.exp(magnitude)
+def _weights(net: Net, rows_first: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights as the loops take them, before and after the bias; made once a step."""
+    if rows_first not in net.memo:
+        row, col = net.sides
+        sides = torch.stack([row, col] if rows_first else [col, row])
+        is_row = torch.tensor([rows_first, not rows_first], device=row.device)
+        rates = torch.stack([*net.momentum, *net.rms])
+        first = [rates, net.adafactor, net.columns.contiguous(), sides, is_row]
+        layers = [y for w, b in net.layers for y in (w.contiguous(), b.flatten())]
+        net.memo[rows_first] = [*first, *layers]
+    made = net.memo[rows_first]
+    return made[:5], made[5:]

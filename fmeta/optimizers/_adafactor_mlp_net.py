@@ -72,6 +72,7 @@ class Net(NamedTuple):
         time: the first layer of time.
         layers: those after the first, with the multipliers.
         scratch: memory for tiles, of a step.
+        memo: what compiled loops take these as, once it is made, of a step.
     """
 
     momentum: Sequence[Tensor]
@@ -83,6 +84,7 @@ class Net(NamedTuple):
     time: Time
     layers: Layers
     scratch: Scratch
+    memo: dict[bool, list[Tensor]]
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -162,6 +164,7 @@ def net_of(th: Tree, initial: Decays, step_mult: float, exp_mult: float) -> Net:
         time_of(th),
         layers_of(th, step_mult, exp_mult),
         Scratch(),
+        {},
     )
 
 
