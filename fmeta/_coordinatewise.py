@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fmeta import trees
 from fmeta._chunks import binned, chunkable, is_observed
-from fmeta._leafwise import leafwise
+from fmeta._coordinate_tiles import in_tiles, tile_of
+from fmeta._leafwise import consuming, leafwise
 from fmeta._leaves import RULE_ERRORS, Leaves, check_first_state, check_state, settled
 from fmeta._remat import remat
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
@@ -58,8 +59,9 @@ def coordinatewise(
     Returns:
         An `Optimizer`: the delta is new minus old parameter, for a module ``out[..., 0]``. Its
         hidden state has at each leaf a dict of tensors ``(*leaf, *state)``; after an update those
-        of all leaves of one dtype are views of one buffer (clone the state of a small leaf that
-        is to be kept alone).
+        of all leaves of one dtype may be views of one buffer (clone the state of a small leaf
+        that is to be kept alone). Where no derivative is recorded, coordinates of a large model
+        are worked on a tile at a time, and ``rule`` is called once for each.
 
     Raises:
         TypeError: when the rule lacks a function or its state is not a dict.
@@ -153,6 +155,7 @@ def lift_coordinates(
         extras: Mapping[str, Any] | None = None,
         chunk_size: int | None = chunk_size,
         recompute: bool = False,
+        own: bool = False,
     ) -> tuple[Tree, Hidden]:
         check_needs(needs, loss, extras)
         extra = {"loss": loss, "extras": extras} if needs else {}
@@ -165,30 +168,20 @@ def lift_coordinates(
             by_dtype.setdefault(trees.compute_dtype(at.params[i]), []).append(i)
         for dtype, group in by_dtype.items():
             pairs = [at.pair(i) for i in group]
-            columns = [trees.leaves(at.states[i]) for i in group]
-            spec = trees.flatten(at.states[group[0]])[1]
-            p = _side_by_side([x for x, _ in pairs], 0)
-            g = _side_by_side([x for _, x in pairs], 0)
-            h = [
-                _side_by_side(list(c), c[0].ndim - pairs[0][0].ndim)
-                for c in zip(*columns, strict=True)
-            ]
             theta = at.weights(opt_params, dtype)
+            given = [at.states[i] for i in group]
+            change = partial(update, **extra)
             try:
-                change, new, new_spec = _chunked(
-                    partial(update, **extra), theta, p, g, h, spec, chunk_size, recompute
-                )
+                found = _in_tiles(change, theta, pairs, given, extra, chunk_size, own)
+                if found is None:
+                    found = _at_once(change, theta, pairs, given, chunk_size, recompute)
             except RULE_ERRORS as error:
                 better = at.explained(error, init, opt_params)
                 if better is error:
                     raise
                 raise better from error
-            shapes = [at.params[i].shape for i in group]
-            parts = _apart(change, shapes)
-            state_parts = [_apart(x, shapes) for x in new]
-            for j, i in enumerate(group):
-                delta[i] = parts[j]
-                states[i] = trees.unflatten(new_spec, [x[j] for x in state_parts])
+            for i, own_delta, own_state in zip(group, *found, strict=True):
+                delta[i], states[i] = own_delta, own_state
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)
 
     @leafwise
@@ -203,7 +196,46 @@ def lift_coordinates(
         return binned(in_pieces, coordinates, needs=needs, splits_leaves=True)
 
     chunkable(run, in_chunks)
+    consuming(run, partial(advance, own=True))
     return Optimizer(init, init_hidden, run, needs)
+
+
+def _in_tiles(
+    update: Callable[..., Any],
+    theta: Tree,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[Any],
+    extra: Mapping[str, Any],
+    chunk_size: int | None,
+    own: bool,
+) -> tuple[list[Tensor], list[Any]] | None:
+    """Delta and new state of each leaf; None where that is not the way."""
+    params, grads = ([pair[i] for pair in pairs] for i in (0, 1))
+    columns = [trees.leaves(state) for state in states]
+    size = tile_of(params, grads, columns, (theta, dict(extra)))
+    if size is None:
+        return None
+    size = size if chunk_size is None else min(size, chunk_size)
+    return in_tiles(partial(update, theta), params, grads, states, size, own)
+
+
+def _at_once(
+    update: Callable[..., Any],
+    theta: Tree,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[Any],
+    chunk_size: int | None,
+    recompute: bool,
+) -> tuple[list[Tensor], list[Any]]:
+    """The same with all coordinates side by side."""
+    columns, spec = [trees.leaves(state) for state in states], trees.flatten(states[0])[1]
+    p, g = (_side_by_side([pair[i] for pair in pairs], 0) for i in (0, 1))
+    h = [_side_by_side(list(c), c[0].ndim - pairs[0][0].ndim) for c in zip(*columns, strict=True)]
+    change, new, new_spec = _chunked(update, theta, p, g, h, spec, chunk_size, recompute)
+    shapes = [p.shape for p, _ in pairs]
+    parts = [_apart(x, shapes) for x in new]
+    rows = [trees.unflatten(new_spec, [x[j] for x in parts]) for j in range(len(pairs))]
+    return _apart(change, shapes), rows
 
 
 def _chunked(
