@@ -10,9 +10,10 @@ floating-point operations of its matrix products at the rate that such products 
 network's own shapes (``1024``: of square matrices of that size, the machine's best). Then: 1,000
 small tensors against one large one.
 
-PyLO's plain versions (``AdafacLO_naive``, ``VeLO_naive``) are timed where ``pylo`` can be imported,
-with random weights of the published networks' sizes; beside the default size of ``adafactor_mlp``
-(2 hidden layers of 4, "small_fc") PyLO's own size (1 hidden layer of 32) is then compared.
+PyLO's plain ``AdafacLO_naive`` (github.com/Belilovsky-Lab/pylo; the ``pylo`` of PyPI is something
+else) is timed where it can be imported, with random weights, beside the same networks here: hidden
+layers 2 x 4 ("small_fc", the default of ``adafactor_mlp``), 1 x 32, and 2 x 32, which is PyLO's own
+(its ``hidden_layers=1`` are those between the first and the last hidden one).
 
 Compiled rules (``--compile``) are timed like the others; the seconds that their first step took,
 compilation included, are in the column "first s".
@@ -109,8 +110,8 @@ def pylo(which: str) -> Callable[[list[Tensor]], Any]:
         from pylo.optim.AdafacLO_naive import AdafacLO_naive
 
         torch.manual_seed(0)
-        layers, size = (1, 32) if which == "32" else (2, 4)
-        net = nets.MetaMLP(39, size, layers)
+        layers, size = map(int, which.split(" x "))
+        net = nets.MetaMLP(39, size, layers - 1)  # which counts them from the second one
         kept = nets.MetaMLP.from_pretrained
         nets.MetaMLP.from_pretrained = staticmethod(lambda key: net)
         try:
@@ -130,16 +131,26 @@ RULES = {
     "adafactor_mlp, 1 x 32": Rule(
         learned("adafactor_mlp", hidden_size=32, hidden_layers=1), ((16, 32), (32, 2)), 4
     ),
+    "adafactor_mlp, 2 x 32": Rule(
+        learned("adafactor_mlp", hidden_size=32), ((16, 32), (32, 32), (32, 2)), 4
+    ),
     "velo": Rule(learned("velo"), ((16, 4), (4, 4), (4, 3)), 4),
     "lstm": Rule(learned("lstm"), ((2, 80), (20, 80), (20, 80), (20, 80), (20, 1)), 80),
 }
-PYLO = {
-    "PyLO, plain, 2 x 4": Rule(pylo("4"), ((39, 4), (4, 4), (4, 2)), 4),
-    "PyLO, plain, 1 x 32": Rule(pylo("32"), ((39, 32), (32, 2)), 4),
+_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "2 x 4": ((39, 4), (4, 4), (4, 2)),
+    "1 x 32": ((39, 32), (32, 2)),
+    "2 x 32": ((39, 32), (32, 32), (32, 2)),
 }
+PYLO = {f"PyLO, plain, {size}": Rule(pylo(size), layers, 4) for size, layers in _SIZES.items()}
 COMPILED = {
-    f"{name}, compiled": RULES[name]._replace(build=learned(name, compile=True))
-    for name in ("normalized_mlp", "adafactor_mlp")
+    f"{name}, compiled": RULES[name]._replace(build=learned(rule, compile=True, **arguments))
+    for name, rule, arguments in (
+        ("normalized_mlp", "normalized_mlp", {}),
+        ("adafactor_mlp", "adafactor_mlp", {}),
+        ("adafactor_mlp, 1 x 32", "adafactor_mlp", {"hidden_size": 32, "hidden_layers": 1}),
+        ("adafactor_mlp, 2 x 32", "adafactor_mlp", {"hidden_size": 32}),
+    )
 }
 if importlib.util.find_spec("pylo") is not None:
     RULES |= PYLO
@@ -317,11 +328,11 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for model_ in dict.fromkeys(row["model"] for row in rows):
         ns = {row["rule"]: row["ns"] for row in rows if row["model"] == model_}
-        for ours, theirs in (
-            ("adafactor_mlp", "PyLO, plain, 2 x 4"),
-            ("adafactor_mlp, compiled", "PyLO, plain, 2 x 4"),
-            ("adafactor_mlp, 1 x 32", "PyLO, plain, 1 x 32"),
-        ):
+        pairs = [(name, "2 x 4") for name in ("adafactor_mlp", "adafactor_mlp, compiled")]
+        pairs += [(f"adafactor_mlp, {size}", size) for size in ("1 x 32", "2 x 32")]
+        pairs += [(f"adafactor_mlp, {size}, compiled", size) for size in ("1 x 32", "2 x 32")]
+        for ours, size in pairs:
+            theirs = f"PyLO, plain, {size}"
             if ours in ns and theirs in ns:
                 found.append(
                     {
