@@ -110,7 +110,7 @@ def fused(
         new[name] = h[name] if kept else part.back(x, tuple(h[name].shape))
     units = tuple(len(w) for w in (net.columns, *(w for w, _ in net.layers[:-1])))
     fn, example = loops_of(Sizes(len(net.momentum), len(net.rms), units))
-    run = recorded(fn, example, p.device, p.dtype)
+    run = recorded(fn, example, p.device, p.dtype, by_cpp=True)
     bias = time_bias(net.time, h["count"], p, batch)
     bias = bias.reshape(len(bias), -1).mT.contiguous()
     seen = (form.plane.into(x.detach()) for x in (p, g))

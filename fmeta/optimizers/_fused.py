@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as _shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fmeta._inductor import written_out_options
+from fmeta._inductor import recorded_options, written_out_options
 from fmeta._trace import recording
 
 __all__ = [
@@ -67,6 +67,7 @@ def recorded(
     example: Callable[[torch.device, torch.dtype], Sequence[Tensor]],
     device: torch.device,
     dtype: torch.dtype,
+    by_cpp: bool = False,
 ) -> Callable[..., Sequence[Tensor]]:
     """``fn`` recorded and compiled, once a process, for contiguous tensors of any sizes.
 
@@ -77,11 +78,13 @@ def recorded(
     Args:
         fn: a function of a module, of contiguous tensors; it may change them in place.
         example: tensors to record it with; axes that may differ have different sizes above 1.
+        by_cpp: whether the kernels are called from C++ on a CPU: a call of many is then cheaper.
     """
+    more = recorded_options([torch.empty(0, device=device)]) if by_cpp else {}
     with recording, torch.inference_mode(False), torch.no_grad():
         graph = make_fx(fn, tracing_mode="symbolic")(*example(device, dtype))
         given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        return torch._inductor.compile(graph, given, options=_options())
+        return torch._inductor.compile(graph, given, options={**_options(), **more})
 
 
 def _options() -> dict[str, Any]:
