@@ -87,9 +87,8 @@ def _cnn(channels: tuple[int, ...] = (8, 16)) -> Model:
         half = (side + 1) // 2
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         corners = [x[:, i : i + side : 2, j : j + side : 2] for i in range(3) for j in range(3)]
-        matrix = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
-        patches = jnp.concatenate(corners).reshape(matrix.shape[1], -1)
-        return (matrix @ patches).reshape(-1, half, half, n)
+        patches = jnp.stack(corners, 1).reshape(9 * len(x), -1)
+        return (kernel.reshape(len(kernel), -1) @ patches).reshape(-1, half, half, n)
 
     def apply(params: Tree, x: Array) -> Array:
         x = x.T.reshape(1, 8, 8, -1)

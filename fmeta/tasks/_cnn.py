@@ -59,6 +59,6 @@ def _conv(x: Tensor, kernel: Tensor) -> Tensor:
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
     # By slices, for `Tensor.unfold` has no batched backward.
     corners = [(i, j) for i in range(3) for j in range(3)]
-    patches = torch.cat([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners])
-    matrix = kernel.permute(0, 2, 3, 1).flatten(1)
-    return (matrix @ patches.reshape(matrix.shape[1], -1)).reshape(-1, half, half, x.shape[-1])
+    patches = torch.stack([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners], 1)
+    patches = patches.reshape(9 * len(x), -1)
+    return (kernel.flatten(1) @ patches).reshape(-1, half, half, x.shape[-1])
