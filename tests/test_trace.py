@@ -7,6 +7,7 @@ import torch
 from torch.func import grad_and_value
 
 from fmeta import trees
+from fmeta._strides import in_strides, packed_strides
 from fmeta._trace import Traced
 from fmeta._trace_gradient import TracedWithGradient
 from fmeta.random import fold_in
@@ -162,3 +163,54 @@ def test_what_reads_an_input_by_its_place_in_memory_is_not_recorded():
     for x in (*both, *both):
         assert torch.equal(call(x), x.diagonal() * 2)
     assert [replay for replay, _ in call.recorded.values()] == [None]
+
+
+def test_what_is_handed_on_is_compiled_for_as_it_lies_in_memory(monkeypatch):
+    seen = []
+
+    def compiled(module, **kwargs):
+        def call(*flat):
+            seen.append([x.stride() for x in flat])
+            return module(*flat)
+
+        return call
+
+    def turning(scale, state, x):
+        """Its state is in another order in memory than it began in."""
+        return (scale * state.mT.contiguous() + 1).mT, x.sum()
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    recorded, calls = Traced(turning, compile=True, carried=(1, 2)), 3
+    scale, got, x = torch.tensor(2.0), torch.arange(6.0).view(2, 3), torch.ones(1, 4)
+    want = got
+    for _ in range(calls):
+        # A view of something larger, with gaps, and an expanded one, are copied.
+        wide = torch.zeros(2, 4)
+        wide[:, :3] = want
+        for given in (got, wide[:, :3]):
+            found, total = recorded(scale, given, x.expand(5, 4))
+            torch.testing.assert_close(found, turning(scale, want, x)[0])
+            assert total == 20
+        got, want = found, turning(scale, want, x)[0]
+    assert seen == [[(), (1, 2), (4, 1)]] * 2 * calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "want"),
+    [
+        ((2, 3), (3, 1), (3, 1)),
+        ((2, 3), (1, 2), (1, 2)),
+        ((2, 3), (8, 2), (3, 1)),  # with gaps
+        ((4, 1, 3), (3, 3, 1), (3, 3, 1)),
+        ((4, 3), (0, 1), (3, 1)),  # spread out
+        ((0, 3), (3, 1), (3, 1)),
+        ((), (), ()),
+    ],
+)
+def test_packed_strides_keep_the_order_of_axes(shape, strides, want):
+    x = torch.empty(64).as_strided(shape, strides)
+    assert packed_strides(x) == want
+    y = in_strides(x, packed_strides(x))
+    assert y.stride() == want
+    assert torch.equal(y, x)
+    assert (y is x) == (strides == want)
