@@ -52,7 +52,7 @@ def _in_order(
     for name, weight in zip(planes(net), (*net.momentum, *net.rms), strict=True):
         new[name] = torch.lerp(h[name], square if name.startswith("rms") else g, weight)
     moments, momenta = [new[name] for name in planes(net)], len(net.momentum)
-    rows = features(moments, momenta, of_row, of_col, p, g)
+    rows = features(moments, momenta, of_row.unbind(0), of_col.unbind(0), p, g)
     squares = torch.stack([sum_of_rows((x + zero).square()) for x in rows])
     columns = net.columns * torch.rsqrt(squares / p.numel() + EPS)
     bias = (sides.row_bias + time_bias(net.time, h["count"], p, 0)).unbind(0)
