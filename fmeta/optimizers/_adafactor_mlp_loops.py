@@ -83,8 +83,11 @@ def loops_of(
     layers, planes = 2 * len(sizes.units), sizes.momenta + sizes.rms
 
     def loops(*x: Tensor) -> list[Tensor]:
-        given = _Given(*x[:6], x[6 : 6 + layers], x[6 + layers : 6 + layers + planes], *x[-4:])
-        return [_steps(given, sizes)]
+        rates, second_rates, columns, sides, is_row, bias, *_ = x
+        of_net, of_state = x[6 : 6 + layers], x[6 + layers : 6 + layers + planes]
+        *_, first, second, p, g = x
+        before = (rates, second_rates, columns, sides, is_row, bias)
+        return [_steps(_Given(*before, of_net, of_state, first, second, p, g), sizes)]
 
     def example(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         n, (first, *_) = sizes.momenta, sizes.units

@@ -10,13 +10,11 @@ same source gives C++ on a CPU and Triton on a GPU.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import _config as _shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta._inductor import recorded_options, written_out_options
@@ -24,41 +22,13 @@ from fmeta._trace import recording
 
 __all__ = [
     "FUSED_NUMEL",
-    "compiled",
     "in_memory",
     "layer",
-    "of_one_order",
-    "one_loop",
     "recorded",
-    "sums_of_squares",
 ]
 
 # Smaller tensors are stacked and updated together, which no compiled loop would make faster.
 FUSED_NUMEL = 2**13
-# One for each number of axes, and for each set of axes of size 1.
-_VARIANTS = 64
-
-
-@functools.cache
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` compiled, once a process, for tensors of any size.
-
-    Args:
-        fn: a function of a module: pure, of tensors, lists of tensors and numbers.
-    """
-    more: dict[str, Any] = {}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        more["recompile_limit"] = _VARIANTS
-    options = written_out_options()
-    call = torch.compile(fn, fullgraph=True, dynamic=True, options=options, **more)
-
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        # Axes that are of one size by chance are not taken for one and the same.
-        with _shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return call(*args)
-
-    return run
 
 
 @functools.cache
@@ -112,33 +82,3 @@ def layer(rows: Sequence[Tensor], w: Tensor, bias: Sequence[Tensor]) -> list[Ten
             total = torch.addcmul(total, row, weight)
         outputs.append(total)
     return outputs
-
-
-def of_one_order(sides: Sequence[Tensor], factored: tuple[int, int] | None) -> Sequence[Tensor]:
-    """Factors and biases of rows and columns, those that lack the later axis first.
-
-    A pass takes them alike, and torch would compile it again for other axes of size 1.
-
-    Args:
-        sides: factors of rows and of columns, biases of rows and of columns.
-        factored: ``(d1, d0)``; rows lack d0, columns d1.
-    """
-    # None a view of something else, which torch would compile a pass again for.
-    row_factor, col_factor, row_bias, col_bias = sides = [x.clone() for x in sides]
-    if factored is None or factored[0] < factored[1]:
-        return sides
-    return col_factor, row_factor, col_bias, row_bias
-
-
-def one_loop(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros of the shapes of what is known of rows and columns.
-
-    Where they are added, a loop has the axes that rows and columns give it. Without, torch takes a
-    contiguous tensor as a line of numbers, and has a loop of its own for what reads nothing else.
-    """
-    return torch.zeros_like(row), torch.zeros_like(col)
-
-
-def sums_of_squares(rows: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    """Sum of squares of each row over ``dims``, which stay as size 1."""
-    return [row.square().sum(tuple(dims), keepdim=True) for row in rows]
