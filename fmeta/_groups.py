@@ -125,6 +125,7 @@ class LeafRule(NamedTuple):
                     raise
                 raise better from error
             yield Done(group, delta, states)
+            del delta, states  # the memory is free for the next group
 
     def _alone(
         self,

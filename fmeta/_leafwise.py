@@ -10,7 +10,8 @@ an update without the mark may look at the whole tree (`treewise`, `clip_by_glob
 An update may also have a form that consumes the hidden state: same arguments and results, but the
 memory of the given state may hold the new one. Only a caller that owns the state and never looks
 at it again may use it (`fmeta.torch_optim`). Combinators have no such form, even of a rule that
-has: they may need the old state.
+has: they may need the old state. Such a form may hand deltas on one group of leaves after the
+other, so that those of a whole model need not be in memory at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "applied_as_is",
     "consuming",
     "consuming_update",
+    "hands_deltas_on",
     "is_applied_as_is",
     "is_leafwise",
     "is_transform",
@@ -34,6 +36,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "treats_leaves_apart"
 _CONSUMING = "consumes_hidden"
+_HANDS_ON = "hands_deltas_on"
 _AS_IS = "applied_as_is"
 _TRANSFORM = "transforms_gradients"
 
@@ -49,14 +52,28 @@ def is_leafwise(optimizer: Any) -> bool:
     return getattr(optimizer.update, _MARK, False)
 
 
-def consuming(update: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Says that ``other`` does what ``update`` does and consumes the hidden state."""
+def consuming(
+    update: Callable[..., Any], other: Callable[..., Any], *, hands_on: bool = False
+) -> None:
+    """Says that ``other`` does what ``update`` does and consumes the hidden state.
+
+    Args:
+        hands_on: whether it also takes ``then``, which it calls with some leaves' parameters and
+            deltas once these are known, and never looks at the parameters again; in what it
+            returns their deltas are None.
+    """
     setattr(update, _CONSUMING, other)
+    setattr(update, _HANDS_ON, hands_on)
 
 
 def consuming_update(optimizer: Any) -> Callable[..., Any]:
     """The form of ``update`` that consumes the hidden state, or ``update`` itself."""
     return getattr(optimizer.update, _CONSUMING, optimizer.update)
+
+
+def hands_deltas_on(optimizer: Any) -> bool:
+    """Whether the form that consumes the hidden state takes ``then``."""
+    return getattr(optimizer.update, _HANDS_ON, False)
 
 
 def applied_as_is(update: Callable[..., Any], *inner: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -87,6 +87,7 @@ def lift(
         loss: Tensor | None = None,
         extras: Mapping[str, Any] | None = None,
         own: bool = False,
+        then: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None,
         hypers: Any = hypers,
         update_leaf: Callable[..., Any] = update_leaf,
     ) -> tuple[Tree, Hidden]:
@@ -98,8 +99,13 @@ def lift(
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
         for done in leaf_rule.run(at, opt_params, _values_of(hypers, opt_params), extra, own=own):
-            for i, d, s in zip(done.group, done.deltas(), done.states, strict=True):
+            changes: Sequence[Any] = done.deltas()
+            if then is not None:
+                then([at.params[i] for i in done.group], changes)
+                changes = [None] * len(changes)
+            for i, d, s in zip(done.group, changes, done.states, strict=True):
                 delta[i], states[i] = d, s
+            del done, changes
         return at.tree(delta), Hidden(at.tree(states), hidden.shared)
 
     @leafwise
@@ -123,7 +129,7 @@ def lift(
 
     chunkable(update, in_chunks)
     if owning or elementwise or batched:
-        consuming(update, functools.partial(advance, own=True))
+        consuming(update, functools.partial(advance, own=True), hands_on=True)
     return Optimizer(init, init_hidden, update, needs)
 
 

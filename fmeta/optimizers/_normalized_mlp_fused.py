@@ -30,7 +30,7 @@ __all__ = ["Weights", "fused", "start_in"]
 Tree = Any
 
 # Coordinates of kernels that go together; what a call reads and writes stays in the cache.
-_PART = 2**17
+_PART = 2**18
 
 
 def start_in(form: Form, p: Tensor) -> dict[str, Tensor]:
@@ -130,16 +130,17 @@ def _run_kernels(
 ) -> Tensor:
     stack, o, k, i = form.plane.sizes
     delta = torch.empty_like(p)
-    p, g, out = (x.view(stack, o, i, k) for x in (p, g, delta))
+    p, g, out = (x.view(stack, o, i, k).mT for x in (p, g, delta))
+    g = g.contiguous()
     run = recorded(loops.sides_of_kernels, loops.example_sides, p.device, p.dtype)
     first, second = run(*weights.sides(form), *state[4:], g)
     fn = loops.raw_kernels if raw else loops.kernels
     run = recorded(fn, loops.example_kernels, p.device, p.dtype)
     for at, rows in _cut(stack, o, k * i, p.device.type == "cpu"):
         moments = [x[at, rows] for x in state[:4]]
-        seen = [x[at, rows].mT.contiguous() for x in (p, g)]
+        seen = p[at, rows].contiguous(), g[at, rows]
         (step,) = run(*weights.layers, rate, *moments, first[at, rows], second[at], *seen)
-        out[at, rows].copy_(step.mT)
+        out[at, rows].copy_(step)
     return delta
 
 

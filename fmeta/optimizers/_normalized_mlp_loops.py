@@ -98,22 +98,23 @@ def _directions_of_matrices(given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Te
     square = g * g
     row = _side(sides, 0, first, square.mean(-1), own=-1, matrix=-1)
     col = _side(sides, 1, second, square.mean(-2), own=-1, matrix=-1)
-    zero = row.zero.unsqueeze(-1) + col.zero.unsqueeze(-2)
+    zero = row.zero[:, 0].unsqueeze(-1) + col.zero[:, 0].unsqueeze(-2)
     new = _moments(old, g)
-    factors = [y.unsqueeze(-1) for y in row.factors], [y.unsqueeze(-2) for y in col.factors]
+    factors = row.factors.unsqueeze(-1).unbind(1), col.factors.unsqueeze(-2).unbind(1)
     rows = features(new, *factors, p, g)
     # Over rows first: a loop over a row needs no care for many small terms.
     squares = torch.stack([(x + zero).square().mean(-1).mean(-1) for x in rows], -1)
     w0 = in_memory(net.w0 * torch.rsqrt(squares + _EPS).unsqueeze(1))
-    units = [r.unsqueeze(-1) + c.unsqueeze(-2) for r, c in zip(row.bias, col.bias, strict=True)]
+    pairs = zip(row.bias.unbind(1), col.bias.unbind(1), strict=True)
+    units = [r.unsqueeze(-1) + c.unsqueeze(-2) for r, c in pairs]
     for i, x in enumerate(units):
         for j, feature in enumerate(rows):
             x = torch.addcmul(x, feature, w0[:, i, j, None, None])
         units[i] = x
     step = in_memory(_later_layers(net, units))
     _write(old, new)
-    first.copy_(torch.stack(row.moments, 1))
-    second.copy_(torch.stack(col.moments, 1))
+    first.copy_(row.moments)
+    second.copy_(col.moments)
     return step, zero, rate
 
 
@@ -124,18 +125,17 @@ def sides_of_kernels(*given: Tensor) -> list[Tensor]:
     """Factors, biases and zeros of rows and columns, ``(B, o, 12, k)``, ``(B, 12, k, i)``.
 
     Args:
-        *given: of `SideLayers`, ``first``, ``second``, which are changed in place, and gradients as
-            they are given, ``(B, o, i, k)``.
+        *given: of `SideLayers`, ``first``, ``second``, which are changed in place, and gradients,
+            ``(B, o, k, i)``.
     """
     *sides, first, second, g = given
     square = clamped(g).square()
-    row = _side(SideLayers(*sides), 0, first, square.mean(2), own=-2, matrix=-1)
-    mean = in_memory(square.mean(1)).mT
-    col = _side(SideLayers(*sides), 1, second, mean, own=-1, matrix=-2)
-    first.copy_(torch.stack(row.moments, 1))
-    second.copy_(torch.stack(col.moments, 1))
-    row_parts, col_parts = ([*x.factors, *x.bias, x.zero] for x in (row, col))
-    return [torch.stack(row_parts, 2), torch.stack(col_parts, 1)]
+    row = _side(SideLayers(*sides), 0, first, square.mean(-1), own=-2, matrix=-1)
+    col = _side(SideLayers(*sides), 1, second, square.mean(1), own=-1, matrix=-2)
+    first.copy_(row.moments)
+    second.copy_(col.moments)
+    row_parts, col_parts = (torch.cat([x.factors, x.bias, x.zero], 1) for x in (row, col))
+    return [row_parts.transpose(1, 2).contiguous(), col_parts]
 
 
 def kernels(*given: Tensor) -> list[Tensor]:
@@ -164,9 +164,13 @@ def _directions_of_kernels(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     g = clamped(g)
     new = _moments(old, g)
     rows = features(new, of_row[:d], of_col[:d], p, g)
-    means = [(x + zero).square().mean(2, keepdim=True) for x in rows]
-    rows = [x * in_memory(torch.rsqrt(y + _EPS)) for x, y in zip(rows, means, strict=True)]
-    units = layer(rows, net.w0, [r + c for r, c in zip(of_row[d:], of_col[d:], strict=True)])
+    # Of sums, not of means: what a mean would divide by is in the weights.
+    size = g.shape[2]
+    sums = [(x + zero).square().sum(2, keepdim=True) for x in rows]
+    line = row_zero[:, :, :1] + col_zero[:, :, :1] + size * _EPS
+    rows = [x * in_memory(torch.rsqrt(y + line)) for x, y in zip(rows, sums, strict=True)]
+    w0 = in_memory(net.w0 * size**0.5)
+    units = layer(rows, w0, [r + c for r, c in zip(of_row[d:], of_col[d:], strict=True)])
     step = in_memory(_later_layers(net, units))
     _write(old, new)
     return step, rate
@@ -179,15 +183,15 @@ class _Side(NamedTuple):
     """Of rows or of columns.
 
     Attributes:
-        moments, factors, bias: a tensor for each decay, decay and unit.
-        zero: of the same shape. Where it is added, a loop has the axes that rows and columns give
+        moments, factors, bias: ``(B, decays or units, ...)``.
+        zero: ``(B, 1, ...)``. Where it is added, a loop has the axes that rows and columns give
             it; without, torch takes what reads nothing else for a line of numbers, and goes over it
             in a loop of its own.
     """
 
-    moments: list[Tensor]
-    factors: list[Tensor]
-    bias: list[Tensor]
+    moments: Tensor
+    factors: Tensor
+    bias: Tensor
     zero: Tensor
 
 
@@ -200,18 +204,22 @@ def _side(given: SideLayers, i: int, old: Tensor, mean: Tensor, own: int, matrix
         mean: of the squared gradient.
         own, matrix: the axis of rows or columns, and that over which features are normalised.
     """
+    mean = in_memory(mean) + 1e-30
     pairs = zip(old.unbind(1), DECAYS, strict=True)
-    new = _stored([torch.lerp(x, mean + 1e-30, 1 - d) for x, d in pairs])
+    new = in_memory(torch.stack([torch.lerp(x, mean, 1 - d) for x, d in pairs], 1))
     # Rows are divided by their mean, columns are not.
-    share = [torch.where(given.is_row[i], x.mean(own, keepdim=True) + _EPS, 1.0) for x in new]
-    factors = [clamped_rsqrt(x / y) for x, y in zip(new, _stored(share), strict=True)]
-    zero = torch.lt(factors[0], 0).to(old.dtype)  # which torch does not know to be zero
-    *factors, zero = _stored([*factors, zero])
-    seen = [*new, *(torch.rsqrt(x + 1e-8) for x in new)]
-    scale = _stored([torch.rsqrt(x.square().mean(matrix, keepdim=True) + _EPS) for x in seen])
-    bias = [zero if i else zero + b for b in given.b0.unbind(0)]
-    bias = layer([x * y for x, y in zip(seen, scale, strict=True)], given.columns[i], bias)
-    return _Side(new, factors, _stored(bias), zero)
+    share = torch.where(given.is_row[i], new.mean(own, keepdim=True) + _EPS, 1.0)
+    factors = in_memory(clamped_rsqrt(new / in_memory(share)))
+    # Which torch does not know to be zero.
+    zero = in_memory(torch.lt(factors[:, :1], 0).to(old.dtype))
+    seen = in_memory(torch.cat([new, torch.rsqrt(new + 1e-8)], 1))
+    scale = in_memory(torch.rsqrt(seen.square().mean(matrix, keepdim=True) + _EPS))
+    units = (-1, *[1] * (old.ndim - 2))
+    bias = zero if i else zero + given.b0.view(units)
+    for j, (x, y) in enumerate(zip(seen.unbind(1), scale.unbind(1), strict=True)):
+        weights = given.columns[i, :, j].view(units)
+        bias = torch.addcmul(bias, (x * y).unsqueeze(1), weights)
+    return _Side(new, factors, in_memory(bias), zero)
 
 
 def _moments(old: Sequence[Tensor], g: Tensor) -> list[Tensor]:
@@ -229,10 +237,6 @@ def _write(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         before.copy_(after)
 
 
-def _stored(rows: Sequence[Tensor]) -> list[Tensor]:
-    return list(in_memory(torch.stack(list(rows))).unbind(0))
-
-
 # -- what to record with -----------------------------------------------------------------------
 
 
@@ -245,7 +249,7 @@ def example_matrices(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 def example_sides(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     make, d = _maker(device, dtype), len(DECAYS)
-    shapes: list[tuple[int, ...]] = [(_B, d, _O, _K), (_B, d, _K, _I), (_B, _O, _I, _K)]
+    shapes: list[tuple[int, ...]] = [(_B, d, _O, _K), (_B, d, _K, _I), (_B, _O, _K, _I)]
     return [*_example_of_sides(make, device), *make(shapes)]
 
 

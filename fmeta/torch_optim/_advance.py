@@ -6,14 +6,14 @@ from step to step where learning rates are tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmeta import trees
-from fmeta._leafwise import consuming_update
+from fmeta._leafwise import consuming_update, hands_deltas_on
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.torch_optim import _sharded
 from fmeta.torch_optim._in_place import apart, move, write
@@ -91,9 +91,11 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
         if group.maximize:
             grads = _negated(grads, group.keys)
     update = _sharded.update if x.sharded else _consuming if x.consumes else _plain
-    delta, new = update(
-        optimizer, x.opt_params, x.params, grads, x.hidden, loss=x.loss, extras=x.extras
-    )
+    given: dict[str, Any] = {"loss": x.loss, "extras": x.extras}
+    if x.consumes and not x.careful and hands_deltas_on(optimizer):
+        # Whatever it leaves undone if it fails, its state is lost anyway.
+        given["then"] = _mover(x)
+    delta, new = update(optimizer, x.opt_params, x.params, grads, x.hidden, **given)
     if x.careful:
         trees.match(x.params, delta, "the optimizer's delta")
     keys = [k for group in x.groups for k in group.keys]
@@ -127,6 +129,20 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
             params, moves = ([_sharded.local(y) for y in z] for z in (params, moves))
         move(params, moves, group.lr, group.weight_decay, finite)
     return Outputs(leaves, shared, skipped, clean)
+
+
+def _mover(x: Inputs) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+    """Updates some of the parameters in place, each as its group says."""
+    of = {id(x.params[k]): group for group in x.groups for k in group.keys}
+
+    def then(params: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+        for group in x.groups:
+            own = [i for i, p in enumerate(params) if of[id(p)] is group]
+            if own:
+                moves = [deltas[i] for i in own]
+                move([params[i] for i in own], moves, group.lr, group.weight_decay)
+
+    return then
 
 
 def all_finite(grads: Sequence[Any], loss: Tensor | None, sharded: Tree = ()) -> Tensor:
