@@ -57,8 +57,8 @@ def adafactor_mlp(
         chunk_size: coordinates a tile, where no derivative is recorded. Default: a size that suits
             the caches on a CPU, the whole tensor elsewhere.
         compile: whether large tensors go through a few kernels made by `torch.compile` (C++ or
-            Triton), where no derivative is recorded and no layer has more than 32 units; takes a
-            minute with 4 units and two with 32, once, and is kept on disk by torch.
+            Triton), where no derivative is recorded and the network is no larger than one layer of
+            32 units; takes a minute, two with 32 units, once, and is kept on disk by torch.
 
     Returns:
         An `Optimizer` with ``opt_params``: weights ``w0: (39, 4)``, ``b0: (4)``, ``w1``, ... (as

@@ -22,10 +22,11 @@ from fmeta.optimizers._fused import FUSED_NUMEL, recorded
 
 __all__ = ["MOST_UNITS", "features", "form_of", "fused", "is_fused"]
 
-# Networks with wider layers are too long written out unit by unit: in a step that is compiled as a
-# whole, for each of its tensors; and in the loops here, of which there is one for all.
+# Larger networks are too long written out unit by unit: in a step that is compiled as a whole, which
+# has one for each tensor, layers of more units; in the loops here, networks of more weights (two
+# layers of 32 units take a fifth longer than by tiles, and ten minutes to compile).
 MOST_UNITS = 8
-_MOST_UNITS = 32
+_MOST_WEIGHTS = 640
 # Loops over fewer coordinates than this would hardly use a vector of numbers.
 _SHORT = 8
 # What is left over of shorter loops than this, by vectors of so many, would take most of the time.
@@ -79,13 +80,13 @@ def form_of(shape: tuple[int, ...], batch: int, decays: int) -> Form:
 
 
 def is_fused(net: Net, p: Tensor, batch: int) -> bool:
-    """Whether tensors are large enough for the compiled loops, and the layers small enough."""
+    """Whether tensors are large enough for the compiled loops, and the network small enough."""
     if p.ndim - batch < 2 or p.numel() <= FUSED_NUMEL or p.is_meta:
         return False
     inner = form_of(tuple(p.shape), batch, len(net.momentum)).plane.sizes[-1]
     if inner < _LONG and inner % _LANES:
         return False
-    return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= _MOST_UNITS
+    return sum(w.numel() for w in (net.columns, *(w for w, _ in net.layers))) <= _MOST_WEIGHTS
 
 
 def fused(

@@ -87,11 +87,12 @@ def test_small_tensors_are_not_compiled(name, passes):
     assert not passes
 
 
-def test_wide_layers_are_not_written_out(passes):
-    rule = optimizers.adafactor_mlp(hidden_size=33, compile=True)
+@pytest.mark.parametrize(("size", "layers", "fused"), [(32, 1, 1), (32, 2, 0), (64, 1, 0)])
+def test_wide_networks_are_not_written_out(size, layers, fused, passes):
+    rule = optimizers.adafactor_mlp(hidden_size=size, hidden_layers=layers, compile=True)
     params = {"w": torch.ones(128, 128)}
     rule.step(rule.init(), params, params, rule.init_hidden(rule.init(), params))
-    assert not passes
+    assert len(passes) == fused
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 40, 3, 3), (40, 24, 3, 3)], ids=str)
@@ -136,17 +137,14 @@ def test_compiled_passes_give_what_the_rule_gives(name, shape):
 
 
 @pytest.mark.slow
-def test_other_sizes_and_numbers_compile_nothing_again():
-    from torch._dynamo.utils import counters
-
-    trained("normalized_mlp", (200, 80), torch.float32, compile=True)
-    trained("adafactor_mlp", (200, 80), torch.float32, compile=True)
-    before, recordings = counters["stats"]["unique_graphs"], _fused.recorded.cache_info().misses
+@pytest.mark.parametrize("name", ["normalized_mlp", "adafactor_mlp"])
+def test_other_sizes_and_numbers_compile_nothing_again(name):
+    trained(name, (200, 80), torch.float32, compile=True)
+    before = _fused.recorded.cache_info().misses
     for shape in [(300, 90), (90, 300), (128, 128)]:
-        trained("normalized_mlp", shape, torch.float32, compile=True)
-        trained("adafactor_mlp", shape, torch.float32, compile=True)
-    rule = optimizers.normalized_mlp(lr=0.25, weight_decay=0.5, compile=True)
+        trained(name, shape, torch.float32, compile=True)
+    more = {"lr": 0.25, "weight_decay": 0.5} if name == "normalized_mlp" else {"step_mult": 0.5}
+    rule = getattr(optimizers, name)(**more, compile=True)
     params, grads = {"w": torch.ones(201, 81)}, {"w": torch.ones(201, 81)}
     rule.step(rule.init(), params, grads, rule.init_hidden(rule.init(), params))
-    assert counters["stats"]["unique_graphs"] == before
-    assert _fused.recorded.cache_info().misses == recordings
+    assert _fused.recorded.cache_info().misses == before > 0
