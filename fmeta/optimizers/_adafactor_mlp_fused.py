@@ -22,9 +22,9 @@ from fmeta.optimizers._fused import FUSED_NUMEL, recorded
 
 __all__ = ["MOST_UNITS", "features", "form_of", "fused", "is_fused"]
 
-# Larger networks are too long written out unit by unit: in a step that is compiled as a whole, which
-# has one for each tensor, layers of more units; in the loops here, networks of more weights (two
-# layers of 32 units take a fifth longer than by tiles, and ten minutes to compile).
+# Larger networks are too long written out unit by unit: in a step that is compiled as a whole, with
+# one for each tensor, layers of more units; in the loops here, networks of more weights (two layers
+# of 32 units take a fifth longer than by tiles, and ten minutes to compile).
 MOST_UNITS = 8
 _MOST_WEIGHTS = 640
 # Loops over fewer coordinates than this would hardly use a vector of numbers.
