@@ -51,10 +51,20 @@ class Weights:
         self._columns = [torch.stack([row, col]), torch.stack([col, row])]
         of_row = torch.tensor([True, False], device=row.device)
         self._is_row = [of_row, of_row.logical_not()]
+        self._room = self._b0[:0]
 
     def sides(self, form: Form) -> list[Tensor]:
         at = 0 if form.rows_first else 1
         return [self._b0, self._columns[at], self._is_row[at]]
+
+    def contiguous(self, x: Tensor) -> Tensor:
+        """``x`` in memory that the next one takes.
+
+        Large memory that is freed may go back to the system, which clears what it then gives.
+        """
+        if self._room.numel() < x.numel():
+            self._room = x.new_empty(x.numel())
+        return self._room[: x.numel()].view(x.shape).copy_(x)
 
 
 def fused(
@@ -131,7 +141,7 @@ def _run_kernels(
     stack, o, k, i = form.plane.sizes
     delta = torch.empty_like(p)
     p, g, out = (x.view(stack, o, i, k).mT for x in (p, g, delta))
-    g = g.contiguous()
+    g = weights.contiguous(g)
     run = recorded(loops.sides_of_kernels, loops.example_sides, p.device, p.dtype)
     first, second = run(*weights.sides(form), *state[4:], g)
     fn = loops.raw_kernels if raw else loops.kernels
