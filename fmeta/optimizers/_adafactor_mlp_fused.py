@@ -17,7 +17,7 @@ from fmeta.optimizers._adafactor_mlp_loops import Sizes, features, loops_of
 from fmeta.optimizers._adafactor_mlp_net import Net, planes
 from fmeta.optimizers._coordinate_net import time_bias
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._forms import Part
+from fmeta.optimizers._forms import Part, taken
 from fmeta.optimizers._fused import FUSED_NUMEL, recorded
 
 __all__ = ["MOST_UNITS", "features", "form_of", "fused", "is_fused"]
@@ -101,14 +101,8 @@ def fused(
         own: whether the state's memory may be used for the new one.
     """
     names, shape = planes(net), tuple(p.shape)
-    form, state, new = form_of(shape, batch, len(net.momentum)), [], {}
-    for name, part in form.parts(names).items():
-        x = part.into(h[name].detach())
-        kept = x.data_ptr() == h[name].data_ptr()
-        if kept and not own:
-            x, kept = x.clone(), False
-        state.append(x)
-        new[name] = h[name] if kept else part.back(x, tuple(h[name].shape))
+    form = form_of(shape, batch, len(net.momentum))
+    state, new = taken(form.parts(names), h, own)
     units = tuple(len(w) for w in (net.columns, *(w for w, _ in net.layers[:-1])))
     fn, example = loops_of(Sizes(len(net.momentum), len(net.rms), units))
     run = recorded(fn, example, p.device, p.dtype, by_cpp=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fmeta.optimizers._features import factored_axes
 
-__all__ = ["Form", "Part", "form_of"]
+__all__ = ["Form", "Part", "form_of", "taken"]
 
 # Loops over fewer coordinates than this would hardly use a vector of numbers.
 _SHORT = 8
@@ -97,3 +98,23 @@ def form_of(shape: tuple[int, ...], batch: int, decays: int) -> Form | None:
             d0 == n - 3,
         )
     return None
+
+
+def taken(
+    parts: Mapping[str, Part], state: Mapping[str, Tensor], own: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What loops that change the state in place take, and the new state: in the same memory.
+
+    Args:
+        parts: of each entry of the state.
+        own: whether that memory may be the old state's.
+    """
+    given, new = [], {}
+    for name, part in parts.items():
+        x = part.into(state[name].detach())
+        kept = x.data_ptr() == state[name].data_ptr()
+        if kept and not own:
+            x, kept = x.clone(), False
+        given.append(x)
+        new[name] = state[name] if kept else part.back(x, tuple(state[name].shape))
+    return given, new

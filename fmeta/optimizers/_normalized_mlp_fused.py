@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmeta.optimizers import _normalized_mlp_loops as loops
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._forms import Form, Part
+from fmeta.optimizers._forms import Form, Part, taken
 from fmeta.optimizers._fused import recorded
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
@@ -86,14 +86,7 @@ def fused(
         post: what is done to the direction before it is divided by its rms.
         own: whether the state's memory may be used for the new one.
     """
-    state, new = [], {}
-    for name, part in _parts(form).items():
-        x = part.into(h[name].detach())
-        kept = x.data_ptr() == h[name].data_ptr()
-        if kept and not own:
-            x, kept = x.clone(), False
-        state.append(x)
-        new[name] = h[name] if kept else part.back(x, tuple(h[name].shape))
+    state, new = taken(_parts(form), h, own)
     each = isinstance(lr, Tensor) and lr.ndim > 0
     rate = p.new_ones(()) if each else torch.as_tensor(-lr, dtype=p.dtype, device=p.device)
     run = _run_kernels if form.kernels else _run_matrices
