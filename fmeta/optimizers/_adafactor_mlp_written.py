@@ -17,16 +17,20 @@ from fmeta.optimizers._adafactor_mlp_fused import MOST_UNITS, features
 from fmeta.optimizers._adafactor_mlp_net import Net, axes_of, of_sides, planes, second_moments
 from fmeta.optimizers._coordinate_net import EPS, time_bias
 from fmeta.optimizers._fused import layer
-from fmeta.optimizers._written_order import order_of, stored, sum_of_rows, zeros_of
+from fmeta.optimizers._written_order import (
+    WRITTEN_NUMEL,
+    order_of,
+    stored,
+    sum_of_rows,
+    zeros_of,
+)
 
 __all__ = ["is_written_out", "written_out"]
-
-_COORDINATES = 2**9  # smaller ones are not worth the longer compilation
 
 
 def is_written_out(net: Net, p: Tensor, batch: int) -> bool:
     """Whether this is the form for a tensor."""
-    if not for_compiler() or batch or p.ndim < 2 or p.numel() < _COORDINATES:
+    if not for_compiler() or batch or p.ndim < 2 or p.numel() < WRITTEN_NUMEL:
         return False
     return max(len(net.columns), *(len(w) for w, _ in net.layers)) <= MOST_UNITS
 

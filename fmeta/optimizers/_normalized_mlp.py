@@ -90,7 +90,7 @@ def normalized_mlp(
         compile: whether all but the smallest tensors go through a few loops made by Inductor (C++
             or Triton), several of one shape together, where no derivative is recorded; for matrices
             and for the kernels of convolutions. Each of the two takes one to three minutes, once,
-            and is kept on disk by torch (then 20 to 40 seconds a process).
+            and is kept on disk by torch (then 20 to 60 seconds a process).
 
     Returns:
         An `Optimizer` with ``opt_params = {"w0": (30, 8), "b0": (8), "w1": (8, 8), "b1": (8),

@@ -18,18 +18,22 @@ from fmeta.optimizers import _normalized_mlp_net as net
 from fmeta.optimizers._common import ema
 from fmeta.optimizers._fused import layer
 from fmeta.optimizers._normalized_mlp_loops import features
-from fmeta.optimizers._written_order import order_of, stored, sum_of_rows, zeros_of
+from fmeta.optimizers._written_order import (
+    WRITTEN_NUMEL,
+    order_of,
+    stored,
+    sum_of_rows,
+    zeros_of,
+)
 
 __all__ = ["is_written_out", "written_out"]
 
 Tree = Any
 
-_COORDINATES = 2**9  # smaller ones are not worth the longer compilation
-
 
 def is_written_out(p: Tensor, batch: int) -> bool:
     """Whether this is the form for a tensor: for one matrix, or the kernels of a convolution."""
-    return for_compiler() and not batch and p.ndim >= 2 and p.numel() >= _COORDINATES
+    return for_compiler() and not batch and p.ndim >= 2 and p.numel() >= WRITTEN_NUMEL
 
 
 def written_out(

@@ -18,7 +18,9 @@ from fmeta.optimizers._features import factored_axes
 from fmeta.optimizers._fused import in_memory
 from fmeta.optimizers._layout import Layout
 
-__all__ = ["Order", "order_of", "stored", "sum_of_rows", "zeros_of"]
+__all__ = ["WRITTEN_NUMEL", "Order", "order_of", "stored", "sum_of_rows", "zeros_of"]
+
+WRITTEN_NUMEL = 2**9  # smaller leaves are not worth the longer compilation
 
 _LANES = 16  # float32 numbers of the longest vectors of a CPU
 
