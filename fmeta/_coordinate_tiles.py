@@ -82,6 +82,8 @@ def in_tiles(
         own: whether the memory of the states may be used for the new ones.
     """
     spec = trees.flatten(states[0])[1]
+    if not _of_one_kind(params, states):
+        return None  # a tile of some leaves would not tell what becomes of the others
     leaves = [_leaf(*row, own) for row in zip(params, grads, states, strict=True)]
     memory = {x.untyped_storage().data_ptr() for leaf in leaves for x in leaf.old}
     for tile in _tiles([len(leaf.p) for leaf in leaves], size):
@@ -105,6 +107,15 @@ def in_tiles(
             trees.unflatten(spec, [x.view((*p.shape, *y.shape[p.ndim :])) for x, y in pairs])
         )
     return deltas, new
+
+
+def _of_one_kind(params: Sequence[Tensor], states: Sequence[Any]) -> bool:
+    """Whether the state of a coordinate has the same entries, shapes and dtypes in all leaves."""
+    found = set()
+    for p, state in zip(params, states, strict=True):
+        flat, spec = trees.flatten(state)
+        found.add((spec, tuple((x.dtype, x.shape[p.ndim :]) for x in flat)))
+    return len(found) == 1
 
 
 def _leaf(p: Tensor, g: Tensor, state: Any, own: bool) -> _Leaf:

@@ -112,3 +112,29 @@ def test_memory_of_a_step_is_that_of_a_tile():
         consuming_update(rule)(th, params, params, hidden)
     largest = max(e.cpu_memory_usage for e in found.events())
     assert largest <= max(4 * params["w"].numel(), 4 * 4 * 2 * _coordinate_tiles._IN_CACHE)
+
+
+class Counting(Swapping):
+    """Its count is an integer at first, and a float from the first step on."""
+
+    def init_hidden(self, th, p):
+        return {"n": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, th, p, g, h):
+        n = h["n"] + g
+        return th["rate"] * n, {"n": n}
+
+
+def test_a_leaf_whose_state_is_of_another_kind_does_not_make_others_go_twice(monkeypatch):
+    rule, params = fmeta.coordinatewise(Counting()), {"a": torch.zeros(8), "b": torch.zeros(8)}
+    grads = trees.map(torch.ones_like, params)
+
+    def last_state(update):
+        hidden = rule.init_hidden(rule.init(), params)
+        _, hidden = update(rule.init(), params, {**grads, "b": None}, hidden)
+        return update(rule.init(), params, grads, hidden)[1].leaves
+
+    want = last_state(rule.update)
+    assert want["a"]["n"].tolist() == [2.0] * 8
+    monkeypatch.setattr(_coordinate_tiles, "_IN_CACHE", 4)
+    assert torch.equal(last_state(consuming_update(rule))["a"]["n"], want["a"]["n"])
