@@ -16,7 +16,7 @@ from fmeta import trees
 from fmeta._leafwise import consuming_update, hands_deltas_on
 from fmeta.optimizer import Hidden, Optimizer
 from fmeta.torch_optim import _sharded
-from fmeta.torch_optim._in_place import apart, move, write
+from fmeta.torch_optim._in_place import apart, move, overlap, write
 
 __all__ = ["GroupOptions", "Inputs", "Outputs", "advance", "all_finite"]
 
@@ -75,7 +75,7 @@ class Outputs(NamedTuple):
     Attributes:
         leaves: the new hidden state by key; shared: that of the whole model.
         skipped: as in `Inputs`.
-        clean: whether new state and parameters were found to use different memory.
+        clean: whether parameters, gradients and new state were found to use different memory.
     """
 
     leaves: dict[Any, Any]
@@ -120,8 +120,9 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
         skipped = x.skipped
         leaves, shared = {}, {}
     elif x.careful:
-        inputs = [y for k in keys for y in (x.params[k], grads[k])]
-        leaves, shared, clean = apart(inputs, leaves, shared)
+        before = [x.params[k] for k in keys], [grads[k] for k in keys]
+        leaves, shared, clean = apart([*before[0], *before[1]], leaves, shared)
+        clean = clean and not overlap(*before)
     for group in x.groups:
         own = [k for k in group.keys if k in changes]
         params, moves = [x.params[k] for k in own], [changes[k] for k in own]
@@ -133,14 +134,15 @@ def advance(optimizer: Optimizer, x: Inputs) -> Outputs:
 
 def _mover(x: Inputs) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
     """Updates some of the parameters in place, each as its group says."""
-    of = {id(x.params[k]): group for group in x.groups for k in group.keys}
+    of = {id(x.params[k]): i for i, group in enumerate(x.groups) for k in group.keys}
 
     def then(params: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
-        for group in x.groups:
-            own = [i for i, p in enumerate(params) if of[id(p)] is group]
-            if own:
-                moves = [deltas[i] for i in own]
-                move([params[i] for i in own], moves, group.lr, group.weight_decay)
+        by_group: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for p, delta in zip(params, deltas, strict=True):
+            by_group.setdefault(of[id(p)], []).append((p, delta))
+        for i, pairs in by_group.items():
+            own, moves = ([pair[j] for pair in pairs] for j in (0, 1))
+            move(own, moves, x.groups[i].lr, x.groups[i].weight_decay)
 
     return then
 

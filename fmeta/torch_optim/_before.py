@@ -151,7 +151,11 @@ def prepare(opt: Any, loss: Any, extras: Any, traced: bool) -> Call | None:
         _states.skipped_steps(opt) if masked else None,
         sharded,
         in_place,
-        not (traced or in_place or masked or sharded) and opt._fresh.issuperset(active),
+        # Without a state there is nothing to gain; then a step changes all of its parameters, or
+        # (where it fails) none.
+        opt._stateful
+        and not (traced or in_place or masked or sharded)
+        and opt._fresh.issuperset(active),
         careful,
     )
     return Call(inputs, states, active, layout, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta.torch_optim import _sharded
 
-__all__ = ["apart", "move", "write"]
+__all__ = ["apart", "move", "overlap", "write"]
 
 Tree = Any
 
@@ -115,6 +116,25 @@ def apart(
         return x.clone()
 
     return trees.map(own, leaves), trees.map(own, shared), clean
+
+
+def overlap(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether a parameter uses memory of another one, or of a gradient.
+
+    Then all updates have to be known before one of them moves.
+    """
+    some = [p for p in params if p.numel()]
+    taken = {_memory(p) for p in some}
+    if any(g.numel() and _memory(g) in taken for g in grads):
+        return True
+    if len(taken) == len(some):
+        return False
+    spans = []  # views of one memory, as those of a flat buffer are
+    for p in some:
+        last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+        spans.append((p.data_ptr(), p.data_ptr() + last * p.element_size()))
+    spans.sort()
+    return any(b[0] < a[1] for a, b in itertools.pairwise(spans))
 
 
 def _memory(x: Tensor) -> Any:
