@@ -362,9 +362,20 @@ def measure(
     steps: int,
     kept: Path | None,
 ) -> Measured:
-    """All contenders of a meta-seed, on its new tasks."""
+    """All contenders of a meta-seed, on its new tasks.
+
+    Raises:
+        ValueError: what was kept is of other options.
+    """
+    options = {"seconds": seconds, "ways": sorted(chosen), "tasks": tasks, "steps": steps}
     if kept is not None and kept.exists():
-        return Measured(**torch.load(kept, weights_only=True)["measured"])
+        found_there = torch.load(kept, weights_only=True)
+        if found_there.get("options") != options:
+            raise ValueError(
+                f"{kept} was measured with {found_there.get('options')}, not with {options}: give "
+                "another --folder"
+            )
+        return Measured(**found_there["measured"])
     family, trained = FAMILIES[task], meta_train(task, seed, seconds, chosen)
     found: dict[str, Contender] = {name: (RULE, w) for name, w in trained.weights.items()}
     found |= {UNTRAINED: (RULE, RULE.init(fold_in(seed)))}
@@ -379,7 +390,8 @@ def measure(
     )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"trained": trained._asdict(), "measured": measured._asdict()}, kept)
+        saved = {"trained": trained._asdict(), "measured": measured._asdict()}
+        torch.save({**saved, "options": options}, kept)
     return measured
 
 
@@ -397,9 +409,9 @@ def told(several: list[Measured]) -> dict[str, dict[str, Any]]:
 def rows_of(task: str, numbers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, own in numbers.items():
-        notes = own["meta-training"]
+        notes = sorted(own["meta-training"], key=lambda note: (len(note), note))  # as numbers
         row = {"task": task, "rule": name}
-        row["outer steps"] = notes[0] if len(set(notes)) == 1 else f"{min(notes)} to {max(notes)}"
+        row["outer steps"] = notes[0] if len(set(notes)) == 1 else f"{notes[0]} to {notes[-1]}"
         rows.append(row | {q: f"{own[q]['mean']:.3f}" for q in QUANTITIES})
     return rows
 
