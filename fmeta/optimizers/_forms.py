@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,10 +32,28 @@ class Part(NamedTuple):
         """Contiguous; a view where the memory is in that order."""
         return x.permute(self.order).reshape(self.sizes).contiguous()
 
+    def seen(self, x: Tensor) -> Tensor | None:
+        """A view of ``x`` if its memory is in that order, else None: `into` without a copy."""
+        order, sizes = _strides(self, tuple(x.shape))
+        return x.as_strided(self.sizes, sizes) if x.stride() == order else None
+
     def back(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A view of the given shape of a tensor of the sizes."""
         inverse = [self.order.index(i) for i in range(len(self.order))]
         return y.view([shape[i] for i in self.order]).permute(inverse)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _strides(part: Part, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides of a tensor of that shape whose memory is in the part's order, and of its sizes."""
+    found = [0] * len(shape)
+    for axis, stride in zip(part.order, _contiguous([shape[i] for i in part.order]), strict=True):
+        found[axis] = stride
+    return tuple(found), tuple(_contiguous(part.sizes))
+
+
+def _contiguous(sizes: Sequence[int]) -> list[int]:
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 class Form(NamedTuple):
@@ -62,6 +81,7 @@ class Form(NamedTuple):
         return ("row", "col") if self.rows_first else ("col", "row")
 
 
+@functools.lru_cache(maxsize=2**12)
 def form_of(shape: tuple[int, ...], batch: int, decays: int) -> Form | None:
     """The form for tensors whose features are normalised over the last two axes of a leaf.
 
@@ -111,10 +131,15 @@ def taken(
     """
     given, new = [], {}
     for name, part in parts.items():
-        x = part.into(state[name].detach())
-        kept = x.data_ptr() == state[name].data_ptr()
-        if kept and not own:
-            x, kept = x.clone(), False
+        old = state[name].detach()
+        x = part.seen(old)
+        if own and x is not None:
+            given.append(x)
+            new[name] = state[name]
+            continue
+        x = part.into(old) if x is None else x.clone()
+        if x.data_ptr() == old.data_ptr():
+            x = x.clone()
         given.append(x)
-        new[name] = state[name] if kept else part.back(x, tuple(state[name].shape))
+        new[name] = part.back(x, tuple(old.shape))
     return given, new

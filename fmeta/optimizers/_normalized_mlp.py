@@ -48,7 +48,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 # Coordinates a tile, where no derivative is recorded: the features of a tile stay in cache.
 _TILE = 2**16
 # Larger ones (and larger stacks) are compiled; below it, a call is most of the time either way.
-_COMPILED = 2**9
+_COMPILED = 2**6
 _DIRECTION = 7  # the row of m * rsqrt(rms) with decay 0.9
 
 
@@ -190,6 +190,7 @@ def normalized_mlp(
         },
         prepare=_Weights,
         batched=True,
+        compiled=compile,
         owning=True,
         chunks=lambda coordinates: functools.partial(update, chunk=coordinates),
     )

@@ -6,7 +6,8 @@ in the order of axes of `Form`; their state lies in memory in that order and is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,32 +133,39 @@ def _run_kernels(
     raw: bool,
 ) -> Tensor:
     stack, o, k, i = form.plane.sizes
-    delta = torch.empty_like(p)
-    p, g, out = (x.view(stack, o, i, k).mT for x in (p, g, delta))
-    g = weights.contiguous(g)
+
+    def turned(x: Tensor) -> Tensor:
+        return x.permute(form.plane.order).view(stack, o, k, i)
+
+    seen, g = turned(p), weights.contiguous(turned(g))
     run = recorded(loops.sides_of_kernels, loops.example_sides, p.device, p.dtype)
     first, second = run(*weights.sides(form), *state[4:], g)
     fn = loops.raw_kernels if raw else loops.kernels
     run = recorded(fn, loops.example_kernels, p.device, p.dtype)
-    for at, rows in _cut(stack, o, k * i, p.device.type == "cpu"):
-        moments = [x[at, rows] for x in state[:4]]
-        seen = p[at, rows].contiguous(), g[at, rows]
-        (step,) = run(*weights.layers, rate, *moments, first[at, rows], second[at], *seen)
-        out[at, rows].copy_(step)
+    step = _cut(stack, o, k * i, p.device.type == "cpu")
+    if step is None:
+        given = *state[:4], first, second, seen.contiguous(), g
+        (delta,) = run(*weights.layers, rate, *given)
+        return form.plane.back(delta, tuple(p.shape))
+    delta = torch.empty_like(p)
+    out = turned(delta)
+    for b in range(stack):
+        for a in range(0, o, step):
+            at, rows = slice(b, b + 1), slice(a, a + step)
+            moments = [x[at, rows] for x in state[:4]]
+            given = *moments, first[at, rows], second[at], seen[at, rows].contiguous(), g[at, rows]
+            out[at, rows].copy_(run(*weights.layers, rate, *given)[0])
     return delta
 
 
-def _cut(stack: int, o: int, row: int, cached: bool) -> Iterator[tuple[slice, slice]]:
-    """Parts of the first two axes: contiguous ones, and on a CPU of about `_PART` coordinates."""
+def _cut(stack: int, o: int, row: int, cached: bool) -> int | None:
+    """How many of ``o`` go together on a CPU, about `_PART` coordinates; None: all of the stack."""
     if not cached or stack * o * row <= 2 * _PART:
-        yield slice(None), slice(None)
-        return
-    step = -(-o // -(-o * row // _PART))
-    for b in range(stack):
-        for a in range(0, o, step):
-            yield slice(b, b + 1), slice(a, a + step)
+        return None
+    return -(-o // -(-o * row // _PART))
 
 
+@functools.lru_cache(maxsize=2**12)
 def _parts(form: Form) -> dict[str, Part]:
     parts = {name: form.plane for name in MOMENTS}
     return parts | dict(zip(form.names, (form.first, form.second), strict=True))

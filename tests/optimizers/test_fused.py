@@ -95,7 +95,10 @@ def test_wide_networks_are_not_written_out(size, layers, fused, passes):
     assert len(passes) == fused
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 40, 3, 3), (40, 24, 3, 3)], ids=str)
+STACKS = [(24, 40), (40, 24), (24, 40, 3, 3), (40, 24, 3, 3), (200, 300), (96, 64, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", STACKS, ids=str)
 def test_stacks_go_in_one_call(shape, passes):
     generator = torch.Generator().manual_seed(0)
     params = {str(i): torch.randn(shape, generator=generator).double() for i in range(3)}
