@@ -124,6 +124,8 @@ class LeafRule(NamedTuple):
                 started = functools.partial(_started, self.init_leaf, weights[dtype], first)
                 better = at.explained(error, self.init, opt_params, started)
                 if better is error:
+                    better = at.unfit(group, started()) or error
+                if better is error:
                     raise
                 raise better from error
             yield Done(group, delta, states)

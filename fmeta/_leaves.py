@@ -176,6 +176,28 @@ class Leaves:
             return error  # a key of something that the rule itself holds
         return self.missing(key)
 
+    def unfit(self, group: Sequence[int], fresh: Mapping[str, Any]) -> ValueError | None:
+        """The error for leaves whose state is that of a parameter of another shape or dtype.
+
+        Args:
+            group: leaves of one shape.
+            fresh: a state such as the rule starts with.
+        """
+        for i in group:
+            for key, want in fresh.items():
+                x = self.states[i].get(key)
+                if isinstance(want, Tensor) and isinstance(x, Tensor):
+                    if (x.shape, x.dtype) == (want.shape, want.dtype):
+                        continue
+                    path = trees.paths(self.model_params)[i]
+                    return ValueError(
+                        f"the hidden state at path {path} holds {key!r} of shape {tuple(x.shape)}, "
+                        f"{x.dtype}, but for the parameter there, of shape "
+                        f"{tuple(self.params[i].shape)}, {self.params[i].dtype}, it has shape "
+                        f"{tuple(want.shape)}, {want.dtype}: {_RESTART}"
+                    )
+        return None
+
     def missing(self, key: Any) -> ValueError:
         """The error for a rule that found no entry ``key`` where it looked for one."""
         i = self.active[0]

@@ -2,7 +2,7 @@
 
 What they compute is what `fmeta.optimizers._adafactor_mlp_net` computes; see there for the
 formulas. The passes are cut at the means over rows and columns and at the features' root mean
-squares. Tensors come as ``(B, o, k, i)``, see `fmeta.optimizers._adafactor_mlp_fused.form_of`.
+squares. Tensors come as ``(B, o, k, i)``, see `fmeta.optimizers._forms.form_of`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,9 @@ from fmeta._newton_schulz import orthogonalize as orthogonalized
 from fmeta.optimizer import Optimizer
 from fmeta.optimizers._common import bias_corrections, check_numbers, count, ema, safe_sqrt
 from fmeta.optimizers._features import is_unobserved, start_factored
-from fmeta.optimizers._forms import form_of
 from fmeta.optimizers._layout import small_matrices_first
 from fmeta.optimizers._normalized_mlp_chunks import chunked_direction
-from fmeta.optimizers._normalized_mlp_fused import Weights, fused, start_in
+from fmeta.optimizers._normalized_mlp_fused import Weights, form_of, fused, start_in
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
     MOMENTS,
@@ -131,7 +130,7 @@ def normalized_mlp(
             state = {name: torch.zeros_like(p) for name in MOMENTS}
             return {**state, "v": p.new_zeros(*p.shape, len(DECAYS))}
         # In memory as they are worked on.
-        form = form_of(tuple(p.shape), 0, len(DECAYS)) if compile else None
+        form = form_of(tuple(p.shape), 0) if compile else None
         if form is not None:
             return start_in(form, p)
         layout = small_matrices_first(tuple(p.shape))
@@ -166,7 +165,7 @@ def normalized_mlp(
         if axes.factored is not None and is_unobserved(p, g, *h.values(), *th.values(), *numbers):
             size = chunk_size or (_TILE if p.device.type == "cpu" else p.numel())
             if compile and p.numel() > min(_COMPILED, size) and not p.is_meta:
-                form = form_of(tuple(p.shape), batch, len(DECAYS))
+                form = form_of(tuple(p.shape), batch)
                 if form is not None:
                     given = weights.fused, form, p, g, h, batch
                     return fused(*given, lr, weight_decay, post, own)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmeta.optimizers import _forms
 from fmeta.optimizers import _normalized_mlp_loops as loops
 from fmeta.optimizers._features import factored_axes
-from fmeta.optimizers._forms import Form, Part, taken
+from fmeta.optimizers._forms import SHORT, Form, taken
 from fmeta.optimizers._fused import recorded
 from fmeta.optimizers._normalized_mlp_net import (
     DECAYS,
@@ -26,7 +27,7 @@ from fmeta.optimizers._normalized_mlp_net import (
     side_columns,
 )
 
-__all__ = ["Weights", "fused", "start_in"]
+__all__ = ["Weights", "form_of", "fused", "start_in"]
 
 Tree = Any
 
@@ -34,12 +35,39 @@ Tree = Any
 _PART = 2**18
 
 
+@functools.lru_cache(maxsize=2**12)
+def form_of(shape: tuple[int, ...], batch: int) -> Form | None:
+    """The form for tensors whose features are normalised over the last two axes of a leaf.
+
+    The matrices over which they are may be all of ``r`` and ``c``, or the ``k`` numbers of a
+    kernel. None where the two largest axes are neither the last two nor the two before them.
+
+    Args:
+        shape: of a leaf, or of a stack along ``batch`` leading axes.
+    """
+    n, decays = len(shape), len(DECAYS)
+    if n - batch < 2:
+        return None
+    pair = {axis + batch for axis in factored_axes(shape[batch:])}
+    if n >= batch + 4 and pair == {n - 4, n - 3} and shape[-3] >= SHORT:
+        # Leading axes of a leaf are those of a stack, too.
+        return _forms.form_of(shape, n - 4, decays)
+    if pair != {n - 2, n - 1} or shape[-1] < SHORT:
+        return None
+    plane, first, second, rows_first = _forms.form_of(shape, n - 2, decays)
+    b, r, _, c = plane.sizes
+    return Form(
+        plane._replace(sizes=(b, r, c)),
+        first._replace(sizes=(b, decays, r)),
+        second._replace(sizes=(b, decays, c)),
+        rows_first,
+    )
+
+
 def start_in(form: Form, p: Tensor) -> dict[str, Tensor]:
     """The first hidden state of a leaf, in memory as the compiled loops go over it."""
-    state = {
-        k: part.back(p.new_zeros(part.sizes), _shape(k, p)) for k, part in _parts(form).items()
-    }
-    return {k: state[k] for k in (*MOMENTS, "row", "col")}
+    parts = form.parts(MOMENTS)
+    return {k: parts[k].back(p.new_zeros(parts[k].sizes)) for k in (*MOMENTS, "row", "col")}
 
 
 class Weights:
@@ -87,12 +115,12 @@ def fused(
         post: what is done to the direction before it is divided by its rms.
         own: whether the state's memory may be used for the new one.
     """
-    state, new = taken(_parts(form), h, own)
+    state, new = taken(form.parts(MOMENTS), h, p, own)
     each = isinstance(lr, Tensor) and lr.ndim > 0
-    rate = p.new_ones(()) if each else torch.as_tensor(-lr, dtype=p.dtype, device=p.device)
-    run = _run_kernels if form.kernels else _run_matrices
+    rate = p.new_ones(1) if each else torch.as_tensor(-lr, dtype=p.dtype, device=p.device)
+    run = _run_kernels if len(form.plane.sizes) == 4 else _run_matrices
     given = p.detach().contiguous(), g.detach().contiguous()
-    delta = run(weights, form, rate, state, *given, raw=post is not None)
+    delta = run(weights, form, rate.reshape(1), state, *given, raw=post is not None)
     if post is not None:
         axes = axes_of(tuple(p.shape), batch)
         return normalized_delta(post(delta), p, lr, weight_decay, axes), new
@@ -146,7 +174,7 @@ def _run_kernels(
     if step is None:
         given = *state[:4], first, second, seen.contiguous(), g
         (delta,) = run(*weights.layers, rate, *given)
-        return form.plane.back(delta, tuple(p.shape))
+        return form.plane.back(delta)
     delta = torch.empty_like(p)
     out = turned(delta)
     for b in range(stack):
@@ -163,18 +191,3 @@ def _cut(stack: int, o: int, row: int, cached: bool) -> int | None:
     if not cached or stack * o * row <= 2 * _PART:
         return None
     return -(-o // -(-o * row // _PART))
-
-
-@functools.lru_cache(maxsize=2**12)
-def _parts(form: Form) -> dict[str, Part]:
-    parts = {name: form.plane for name in MOMENTS}
-    return parts | dict(zip(form.names, (form.first, form.second), strict=True))
-
-
-def _shape(name: str, p: Tensor) -> tuple[int, ...]:
-    """Of an entry of the state of a leaf."""
-    shape = tuple(p.shape)
-    if name in MOMENTS:
-        return shape
-    without = factored_axes(shape)[1 if name == "row" else 0]
-    return (*(n for i, n in enumerate(shape) if i != without), len(DECAYS))

@@ -54,7 +54,8 @@ class SideLayers(NamedTuple):
 
 _LAYERS: list[tuple[int, ...]] = [(8, 18), (8, 8), (8,), (8,), (1,)]
 _SIDES: list[tuple[int, ...]] = [(8,), (2, 8, 6)]
-# Sizes to record with: no two axes that may differ are of one size.
+# Sizes to record with: no two axes that may differ are of one size. (Nothing is without axes: torch
+# would take a number in float64 for one of Python, and want to know it.)
 _B, _O, _K, _I = 4, 96, 9, 64
 
 
@@ -244,7 +245,7 @@ def example_matrices(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     make, d = _maker(device, dtype), len(DECAYS)
     plane: tuple[int, ...] = (_B, _O, _I)
     state = [*[plane] * 4, (_B, d, _O), (_B, d, _I)]
-    return [*make(_LAYERS), *_example_of_sides(make, device), *make([(), *state, plane, plane])]
+    return [*make(_LAYERS), *_example_of_sides(make, device), *make([(1,), *state, plane, plane])]
 
 
 def example_sides(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -256,7 +257,7 @@ def example_sides(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 def example_kernels(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     make, each = _maker(device, dtype), len(DECAYS) + 8 + 1
     plane: tuple[int, ...] = (_B, _O, _K, _I)
-    rest = [(), *[plane] * 4, (_B, _O, each, _K), (_B, each, _K, _I), plane, plane]
+    rest = [(1,), *[plane] * 4, (_B, _O, each, _K), (_B, each, _K, _I), plane, plane]
     return make([*_LAYERS, *rest])
 
 

@@ -141,6 +141,15 @@ def test_compiled_passes_give_what_the_rule_gives(name, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["normalized_mlp", "adafactor_mlp"])
+def test_compiled_passes_take_float64(name):
+    params, hidden = trained(name, (40, 300), torch.float64, compile=True)
+    want, wanted_hidden = trained(name, (40, 300), torch.float64)
+    torch.testing.assert_close(params, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(hidden, wanted_hidden, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normalized_mlp", "adafactor_mlp"])
 def test_other_sizes_and_numbers_compile_nothing_again(name):
     trained(name, (200, 80), torch.float32, compile=True)
     before = _fused.recorded.cache_info().misses
