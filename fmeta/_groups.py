@@ -123,7 +123,7 @@ class LeafRule(NamedTuple):
                 first = at.pair(group[0])[0]
                 started = functools.partial(_started, self.init_leaf, weights[dtype], first)
                 better = at.explained(error, self.init, opt_params, started)
-                if better is error:
+                if better is error and not isinstance(error, torch.OutOfMemoryError):
                     better = at.unfit(group, started()) or error
                 if better is error:
                     raise

@@ -759,3 +759,35 @@ def test_a_coordinates_loss_is_differentiated_and_batched():
     got = torch.vmap(grad(meta, argnums=(0, 1)), in_dims=(None, 0))(lr, ws)
     want = torch.vmap(grad(by_hand, argnums=(0, 1)), in_dims=(None, 0))(lr, ws)
     torch.testing.assert_close(got, want)
+
+
+class Failing:
+    """Its count is an integer at first, then a floating number; its second update fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def init(self, generator=None):
+        return {"rate": torch.tensor(0.1)}
+
+    def init_hidden(self, th, p):
+        return {"n": torch.zeros((), dtype=torch.int64), "m": torch.zeros_like(p)}
+
+    def update(self, th, p, g, h):
+        if h["n"].is_floating_point():
+            raise self.error
+        return -g, {**h, "n": h["n"] + 1.0}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_rule_raises_itself_is_not_blamed_on_its_state(error, dtype):
+    """But where the state is that of a parameter of another dtype, it is what is told."""
+    rule, p = fmeta.tensorwise(Failing(error)), {"w": torch.ones(3, 4)}
+    hidden = rule.update(rule.init(), p, p, rule.init_hidden(rule.init(), p))[1]
+    told = type(error) is RuntimeError and dtype is torch.float64
+    p = {"w": p["w"].to(dtype)}
+    with pytest.raises(
+        ValueError if told else type(error), match="holds 'm'" if told else str(error)
+    ):
+        rule.update(rule.init(), p, p, hidden)
