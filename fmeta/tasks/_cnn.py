@@ -55,10 +55,20 @@ def _conv(x: Tensor, kernel: Tensor) -> Tensor:
     faster than one after another; a matrix product of patches is. With the batch last all that is
     copied lies side by side, however few channels there are.
     """
-    side, half = x.shape[1], (x.shape[1] + 1) // 2
-    x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    # By slices, for `Tensor.unfold` has no batched backward.
-    corners = [(i, j) for i in range(3) for j in range(3)]
-    patches = torch.stack([x[:, i : i + side : 2, j : j + side : 2] for i, j in corners], 1)
-    patches = patches.reshape(9 * len(x), -1)
+    half = (x.shape[1] + 1) // 2
+    patches = _windows(_windows(x, 1, 1), 3, 2).reshape(9 * len(x), -1)
     return (kernel.flatten(1) @ patches).reshape(-1, half, half, x.shape[-1])
+
+
+def _windows(x: Tensor, axis: int, at: int) -> Tensor:
+    """Windows of 3 at every second place of an axis (padding 1), as a new axis ``at``.
+
+    Of each pair of neighbours the first is in the middle of a window, the second at its end, and
+    at the beginning of the next one. So the derivative is a sum of two terms; that of slices of
+    the padded tensor (`Tensor.unfold` has no batched one) fills a tensor with zeros for each.
+    """
+    n, behind = x.shape[axis], [0, 0] * (x.ndim - axis - 1)
+    if n % 2:
+        x = F.pad(x, [*behind, 0, 1])
+    middle, end = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return torch.stack([F.pad(end, [*behind, 1, -1]), middle, end], at)
