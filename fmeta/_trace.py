@@ -142,7 +142,7 @@ class Traced:
         if not equal(results, flat_fn(*flat)):
             return self._unrecorded(None)
         if not self.compile:
-            return module.forward, out[0]  # a call of a module costs as much as an operation
+            return _in_other_orders(module.forward, flat), out[0]
         strides = self._strides(flat, spec, results)
         given = [in_strides(x, s) for x, s in zip(flat, strides, strict=True)]
         if not again and any(a is not b for a, b in zip(flat, given, strict=True)):
@@ -174,6 +174,26 @@ class Traced:
         if self.compile:
             raise uncompilable() from error
         return None, None
+
+
+def _in_other_orders(forward: Callable[..., Any], flat: list[Tensor]) -> Callable[..., Any]:
+    """The call of a recorded module (its method: a call of a module costs as much as an operation).
+
+    A view of these tensors need not be one where others of the same shapes lie in another order in
+    memory: then the others are copied into this one.
+    """
+    strides = [x.stride() for x in flat]
+
+    def replay(*flat: Tensor) -> Any:
+        try:
+            return forward(*flat)
+        except RuntimeError:
+            given = list(map(in_strides, flat, strides))
+            if all(a is b for a, b in zip(flat, given, strict=True)):
+                raise
+        return forward(*given)
+
+    return replay
 
 
 def uncompilable() -> ValueError:

@@ -214,3 +214,14 @@ def test_packed_strides_keep_the_order_of_axes(shape, strides, want):
     assert y.stride() == want
     assert torch.equal(y, x)
     assert (y is x) == (strides == want)
+
+
+def test_replays_take_tensors_in_another_order_in_memory():
+    def fn(x):
+        return x.reshape(-1) * 2, x + 1  # a view of what is recorded with
+
+    traced, x = Traced(fn), torch.randn(4, 5)
+    for given in (x, x.mT.contiguous().mT, x):
+        for found, want in zip(traced(given), fn(given), strict=True):
+            assert torch.equal(found, want)
+    assert len(traced.recorded) == 1
