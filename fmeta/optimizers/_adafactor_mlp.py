@@ -111,7 +111,9 @@ def adafactor_mlp(
         size = chunk_size or tile_size(net.columns, net.layers, p)
         return tiled(net, p, g, h, batch, size, own)
 
-    return lift(init, init_hidden, update, prepare=prepare, batched=True, owning=True)
+    return lift(
+        init, init_hidden, update, prepare=prepare, batched=True, compiled=compile, owning=True
+    )
 
 
 def check_sizes(
