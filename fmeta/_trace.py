@@ -180,17 +180,21 @@ def _in_other_orders(forward: Callable[..., Any], flat: list[Tensor]) -> Callabl
     """The call of a recorded module (its method: a call of a module costs as much as an operation).
 
     A view of these tensors need not be one where others of the same shapes lie in another order in
-    memory: then the others are copied into this one.
+    memory: then, and from then on, the others are copied into this one.
     """
-    strides = [x.stride() for x in flat]
+    strides, copied = [x.stride() for x in flat], False
 
     def replay(*flat: Tensor) -> Any:
+        nonlocal copied
+        if copied:
+            return forward(*map(in_strides, flat, strides))
         try:
             return forward(*flat)
         except RuntimeError:
             given = list(map(in_strides, flat, strides))
             if all(a is b for a, b in zip(flat, given, strict=True)):
                 raise
+        copied = True
         return forward(*given)
 
     return replay
@@ -257,9 +261,14 @@ def _is_same(a: Any, b: Any) -> bool:
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
+        and not _is_spread_out(a)  # where strides do not tell axes apart
         and (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
         and (a.dtype, a.device) == (b.dtype, b.device)
     )
+
+
+def _is_spread_out(x: Tensor) -> bool:
+    return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
 def edits(node: Any) -> bool:

@@ -225,3 +225,12 @@ def test_replays_take_tensors_in_another_order_in_memory():
         for found, want in zip(traced(given), fn(given), strict=True):
             assert torch.equal(found, want)
     assert len(traced.recorded) == 1
+
+
+def test_views_of_what_is_spread_out_are_not_dropped():
+    def fn(x):
+        return x.mT * 2 + x
+
+    traced, x = Traced(fn), torch.arange(9.0).reshape(3, 3)
+    for given in (torch.zeros(()).expand(3, 3), x):
+        assert torch.equal(traced(given), fn(given))
