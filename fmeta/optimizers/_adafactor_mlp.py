@@ -15,8 +15,9 @@ from fmeta.optimizers._adafactor_mlp_net import Decays, Net, net_of, planes, sta
 from fmeta.optimizers._adafactor_mlp_tiles import tiled
 from fmeta.optimizers._adafactor_mlp_written import is_written_out, written_out
 from fmeta.optimizers._common import check_number
-from fmeta.optimizers._coordinate_net import draw_layers, tile_size
+from fmeta.optimizers._coordinate_net import draw_layers
 from fmeta.optimizers._features import is_unobserved
+from fmeta.optimizers._tiled_network import tile_size
 
 __all__ = ["adafactor_mlp", "check_sizes"]
 
@@ -108,7 +109,7 @@ def adafactor_mlp(
             return steps(net, p, g, h, batch)
         if compile and is_fused(net, p, batch):
             return fused(net, p, g, h, batch, own)
-        size = chunk_size or tile_size(net.columns, net.layers, p)
+        size = chunk_size or tile_size(net.columns, p)
         return tiled(net, p, g, h, batch, size, own)
 
     return lift(

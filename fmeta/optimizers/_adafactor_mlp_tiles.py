@@ -19,9 +19,10 @@ from fmeta.optimizers._adafactor_mlp_net import (
     planes,
     second_moments,
 )
-from fmeta.optimizers._coordinate_net import Features, tiled_steps, time_bias
+from fmeta.optimizers._coordinate_net import time_bias
 from fmeta.optimizers._features import tiled_means
 from fmeta.optimizers._layout import Layout
+from fmeta.optimizers._tiled_network import Features, tiled_steps
 from fmeta.optimizers._tiles import Cuts
 
 __all__ = ["tiled"]

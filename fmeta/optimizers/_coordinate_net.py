@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +17,17 @@ from torch import Tensor
 
 from fmeta.optimizers._features import sum_of_squares
 from fmeta.optimizers._initial import truncated_normal
-from fmeta.optimizers._tiles import Cuts, Scratch
 from fmeta.random import own
 
 __all__ = [
     "EPS",
     "TIMES",
-    "Features",
     "Layers",
     "Time",
     "count_layers",
     "draw_layers",
     "layers_of",
     "run_layers",
-    "tile_size",
-    "tiled_steps",
     "time_bias",
     "time_of",
 ]
@@ -40,15 +36,6 @@ Tree = Any
 
 EPS = 1e-5  # of the features' mean squares
 TIMES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
-
-# Where no derivative is recorded: numbers that a tile's features and layers take, so that they stay
-# in the last cache of a CPU (measured: a quarter of it is slower by half, as each operation has its
-# price, twice as many by a third); elsewhere, coordinates that keep the device busy.
-_IN_CACHE = 3 * 2**20
-# Numbers that the layers take at a time, which stay in a nearer cache (measured: half and twice as
-# many are slower by a few percent).
-_NEARER = 2**18
-_ELSEWHERE = 2**22
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -143,112 +130,3 @@ def run_layers(
         y = w @ torch.relu(y) + b
     direction, magnitude = y.unbind(0)
     return (direction * torch.exp(magnitude)).reshape(p.shape)
-
-
-class Features(NamedTuple):
-    """How the features of a tile are made, in memory that is used again.
-
-    Attributes:
-        rows: how many.
-        fill: ``(i, x, again)``: fills ``x``, ``(rows, *tile)``, with the features of tile i. The
-            first time, not ``again``, it also brings the moments of the tile up to date.
-        bias: tensors, ``(units, *)`` to be broadcast, one or two, whose sum is the first layer's
-            bias.
-    """
-
-    rows: int
-    fill: Callable[[int, Tensor, bool], None]
-    bias: Sequence[Tensor]
-
-
-def tile_size(columns: Tensor, layers: Layers, p: Tensor) -> int:
-    """Coordinates a tile of ``p``, for a network with these layers."""
-    if p.device.type != "cpu":
-        return _ELSEWHERE
-    widest = max(len(columns), *(len(w) for w, _ in layers))
-    return _IN_CACHE // (columns.shape[1] + 2 * widest)
-
-
-def tiled_steps(
-    features: Features,
-    cuts: Cuts,
-    columns: Tensor,
-    layers: Layers,
-    p: Tensor,
-    batch: int,
-    scratch: Scratch,
-) -> Tensor:
-    """`run_layers`, tile by tile in memory that is used again and again; without derivatives.
-
-    A leaf that is cut is passed over twice: for the features' sums of squares, then the features
-    once more and the network. To store the features in between would cost more than to make them
-    again.
-
-    Args:
-        cuts: of tensors of the shape of ``p``.
-        scratch: memory for features and layers.
-    """
-    count, rows = math.prod(p.shape[batch:]), features.rows
-    delta = torch.empty_like(p)
-    deltas, biases = cuts.of(delta), [cuts.of(b, 1) for b in features.bias]
-    known: list[Tensor] | None = None
-    if any(axis >= batch for axis, *_ in cuts.axes):
-        sums = p.new_zeros(rows, *p.shape[:batch], *(1,) * (p.ndim - batch))
-        for i, part in enumerate(cuts.of(sums, 1)):
-            x = scratch("features", p, (rows, *cuts.shapes[i]))
-            features.fill(i, x, False)
-            part.add_(_squares(x, batch))
-        known = cuts.of(_scale(sums, count), 1)
-    for i, shape in enumerate(cuts.shapes):
-        x = scratch("features", p, (rows, *shape))
-        features.fill(i, x, known is not None)
-        scale = _scale(_squares(x, batch), count) if known is None else known[i]
-        w = columns
-        if scale.numel() == rows:
-            w = columns * scale.flatten()
-        else:
-            x.mul_(scale)
-        _run_tile(x, w, [parts[i] for parts in biases], layers, scratch, out=deltas[i])
-    return delta
-
-
-def _run_tile(
-    x: Tensor, w: Tensor, bias: Sequence[Tensor], layers: Layers, scratch: Scratch, out: Tensor
-) -> None:
-    """The network on one tile: a few layers' worth at a time, which stay in a nearer cache.
-
-    Args:
-        x: features, ``(features, *tile)``.
-        w: the first layer, their scales included.
-        bias: as in `Features`, of the tile.
-    """
-    widths = [len(w), *(len(v) for v, _ in layers)]
-    size = _NEARER // sum(widths) if x.device.type == "cpu" else out.numel()
-    cuts, x, at = Cuts(out.shape, size), x.view(len(x), -1), 0
-    outs, biases = cuts.of(out), [cuts.of(b, 1) for b in bias]
-    for i, shape in enumerate(cuts.shapes):
-        n = math.prod(shape)
-        # Two layers at a time: one is read while the next is written.
-        memory = [scratch(f"layer {j % 2}", x, (width, n)) for j, width in enumerate(widths)]
-        y, own = memory[0], [parts[i] for parts in biases]
-        if len(own) == 2:
-            torch.add(*own, out=y.view(-1, *shape))
-        else:
-            y.view(-1, *shape).copy_(own[0])
-        y.addmm_(w, x.narrow(1, at, n))
-        for (v, b), z in zip(layers, memory[1:], strict=True):
-            y = torch.addmm(b, v, y.relu_(), out=z)
-        direction, magnitude = y.view(2, *shape).unbind(0)
-        torch.mul(direction, magnitude.exp_(), out=outs[i])
-        at += n
-
-
-def _squares(x: Tensor, batch: int) -> Tensor:
-    """Sums of squares over the axes of a leaf, which stay as size 1."""
-    kept = x.shape[: 1 + batch]
-    norm = torch.linalg.vector_norm(x.view(*kept, -1), dim=-1)
-    return norm.square_().view(*kept, *(1,) * (x.ndim - 1 - batch))
-
-
-def _scale(squares: Tensor, count: int) -> Tensor:
-    return torch.rsqrt(squares / count + EPS)

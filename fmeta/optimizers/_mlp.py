@@ -13,18 +13,16 @@ from fmeta.optimizers._adafactor_mlp import check_sizes
 from fmeta.optimizers._common import count, one_minus
 from fmeta.optimizers._coordinate_net import (
     TIMES,
-    Features,
     Layers,
     Time,
     draw_layers,
     layers_of,
     run_layers,
-    tile_size,
-    tiled_steps,
     time_bias,
     time_of,
 )
 from fmeta.optimizers._features import is_unobserved
+from fmeta.optimizers._tiled_network import Features, tile_size, tiled_steps
 from fmeta.optimizers._tiles import Cuts, Scratch
 
 __all__ = ["mlp"]
@@ -97,7 +95,7 @@ def mlp(
             return torch.zeros_like(p), {**h, **done}
         bias, old = time_bias(net.time, h["count"], p, batch), [h[name] for name in _MOMENTS]
         if is_unobserved(p, g, bias, *old, *(x for pair in net.layers for x in pair)):
-            size = chunk_size or tile_size(net.columns, net.layers, p)
+            size = chunk_size or tile_size(net.columns, p)
             delta, new = _tiled(net, bias, p, g, old, batch, size, own)
         else:
             new = [torch.lerp(m, g, weight) for m, weight in zip(old, _WEIGHTS, strict=True)]
