@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmeta import trees
 from fmeta._inductor import recorded_options
@@ -28,15 +29,19 @@ __all__ = [
     "Traced",
     "edits",
     "equal",
+    "compiling",
     "for_compiler",
+    "is_compiled",
     "recording",
     "simplify",
     "uncompilable",
+    "watched",
 ]
 
-recording = threading.Lock()  # which is for one thread at a time
+recording = threading.RLock()  # which is for one thread at a time
 
 _for_compiler: ContextVar[bool] = ContextVar("_for_compiler", default=False)
+_is_compiled: ContextVar[bool] = ContextVar("_is_compiled", default=False)
 
 
 def for_compiler() -> bool:
@@ -50,13 +55,32 @@ def for_compiler() -> bool:
     return _for_compiler.get()
 
 
+def is_compiled() -> bool:
+    """Whether what runs now is recorded for a compiler (differentiated or not), or compiled."""
+    return _is_compiled.get() or torch.compiler.is_compiling()
+
+
 @contextlib.contextmanager
-def _compiling(yes: bool) -> Iterator[None]:
-    token = _for_compiler.set(yes)
+def compiling(yes: bool, written_out: bool = False) -> Iterator[None]:
+    """A context in which functions are told so, and whether they are never differentiated."""
+    tokens = _is_compiled.set(yes), _for_compiler.set(yes and written_out)
     try:
         yield
     finally:
-        _for_compiler.reset(token)
+        _is_compiled.reset(tokens[0])
+        _for_compiler.reset(tokens[1])
+
+
+class _Watched(TorchDispatchMode):
+    """Sees all operations and changes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def watched() -> TorchDispatchMode:
+    """A context in which rules choose the form that a recording sees, and not another one."""
+    return _Watched()
 
 
 class Traced:
@@ -111,7 +135,7 @@ class Traced:
                 if self.calls[key] < self.after:
                     self.calls[key] += 1
                     return self.fn(*args)
-                with recording, _compiling(self.compile and self.written_out):
+                with recording, compiling(self.compile, self.written_out):
                     self.recorded[key] = self._record(flat, spec)
             replay, out_spec = self.recorded[key]
             if replay is None:
@@ -139,7 +163,9 @@ class Traced:
         if _reads_storage(module):
             return self._unrecorded(None)
         results = module(*flat)
-        if not equal(results, flat_fn(*flat)):
+        with watched():
+            same = equal(results, flat_fn(*flat))
+        if not same:
             return self._unrecorded(None)
         if not self.compile:
             return _in_other_orders(module.forward, flat), out[0]

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmeta import trees
 from fmeta._autodiff import inside_transform, is_differentiable
-from fmeta._trace import VIEWS, edits, equal, recording, simplify, uncompilable
+from fmeta._trace import VIEWS, compiling, edits, equal, recording, simplify, uncompilable, watched
 
 __all__ = ["TracedWithGradient"]
 
@@ -49,7 +49,7 @@ class TracedWithGradient:
             return self.fn(*args)
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in flat))
         if key not in self.recorded:
-            with recording:
+            with recording, compiling(self.compile):
                 self.recorded[key] = self._record(flat, spec, count)
         passes = self.recorded[key]
         if passes is None:
@@ -86,7 +86,7 @@ class TracedWithGradient:
                 )
             return [*(x.detach() for x in leaves), *grads]
 
-        with torch.no_grad():
+        with torch.no_grad(), watched():
             leaves = values(*flat)  # what is wrong with the function itself, it says itself
         try:
             with torch.no_grad():
@@ -96,7 +96,8 @@ class TracedWithGradient:
                 if any(map(edits, module.graph.nodes)):  # what passes are cut from must not
                     module = make_fx(functionalize(module))(*given)
                 simplify(module)
-                same = equal(module(*given), joint(*given))
+                with watched():
+                    same = equal(module(*given), joint(*given))
         except Exception as error:  # not recordable, or without a derivative
             if self.compile:
                 raise uncompilable() from error

@@ -10,6 +10,7 @@ from fmeta import trees
 from fmeta._strides import in_strides, packed_strides
 from fmeta._trace import Traced
 from fmeta._trace_gradient import TracedWithGradient
+from fmeta.optimizers._features import is_unobserved
 from fmeta.random import fold_in
 
 
@@ -234,3 +235,13 @@ def test_views_of_what_is_spread_out_are_not_dropped():
     traced, x = Traced(fn), torch.arange(9.0).reshape(3, 3)
     for given in (torch.zeros(()).expand(3, 3), x):
         assert torch.equal(traced(given), fn(given))
+
+
+def test_what_is_recorded_is_compared_with_the_same_form():
+    def fn(x):
+        return x + 1 if is_unobserved(x) else (x + 0.5) + 0.5  # as rules do, equal to rounding
+
+    traced, x = Traced(fn), torch.full((3,), 1 / 3)
+    want = (x + 0.5) + 0.5
+    assert torch.equal(traced(x), want)
+    assert next(iter(traced.recorded.values()))[0] is not None

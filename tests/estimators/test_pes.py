@@ -10,6 +10,7 @@ from torch.func import grad
 
 import fmeta
 from fmeta import estimators, optimizers, trees
+from fmeta._trace import Traced
 from fmeta.estimators._draws import Draws
 from fmeta.estimators._trainings import Trainings
 from fmeta.random import fold_in
@@ -478,3 +479,18 @@ def test_inference_mode_and_recording_outside_change_nothing():
     close(got.grads, want.grads)
     with torch.inference_mode():
         close(estimates(build(), 2)[-1].grads, want.grads)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_of_one_member_are_recorded_too(chunk_size, monkeypatch):
+    unrecorded = []
+    monkeypatch.setattr(Traced, "_unrecorded", lambda self, error: unrecorded.append(error))
+    rule, family = optimizers.mlp(), digits((4,), batch_size=8)
+    settings = {"num_tasks": 2, "horizon": 4, "truncation": 2, "std": 0.01}
+    found = []
+    for more in ({"chunk_size": chunk_size}, {}):
+        estimator = estimators.pes(rule, family, **settings, **more)
+        th = rule.init(torch.Generator().manual_seed(0))
+        found.append(estimator.estimate(th, estimator.init(th, 0))[0].grads)
+    assert not unrecorded
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
