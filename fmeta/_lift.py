@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fmeta._chunks import binned, chunkable, chunks_of_elements
-from fmeta._groups import ALONE, BATCHED, COMPILED, STACKED, LeafRule
+from fmeta._groups import ALONE, BATCHED, LARGE, STACKED, LeafRule
 from fmeta._leafwise import consuming, leafwise
 from fmeta._leaves import Leaves, start_leaves
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
@@ -28,7 +28,7 @@ def lift(
     prepare: Callable[[Tree], Any] | None = None,
     elementwise: bool = False,
     batched: bool = False,
-    compiled: bool = False,
+    large_stacks: bool = False,
     owning: bool = False,
     stacked: bool = True,
     chunks: Callable[[int], Callable[..., Any]] | None = None,
@@ -50,7 +50,7 @@ def lift(
             leaves needs no vmap.
         batched: the rule takes a stack of leaves with ``batch=1``, the number of leading axes, and
             scalars of the state as ``(leaves, 1, ...)``: no vmap either.
-        compiled: a ``batched`` rule goes through compiled loops: larger leaves are stacked then.
+        large_stacks: of a ``batched`` rule whose calls cost much, which stacks larger leaves, too.
         owning: the rule takes ``own=True``: then the state is nobody else's, and its memory may
             hold the new one.
         stacked: whether to stack leaves at all; a rule of one or two operations is cheaper without.
@@ -73,7 +73,7 @@ def lift(
         init_leaf,
         update_leaf,
         prepare,
-        COMPILED if compiled else BATCHED if batched else STACKED if stacked else ALONE,
+        LARGE if large_stacks else BATCHED if batched else STACKED if stacked else ALONE,
         stacks=elementwise or batched,
         keyword={"batch": 1} if batched else {},
         elementwise=elementwise,

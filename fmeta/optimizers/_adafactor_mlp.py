@@ -113,7 +113,7 @@ def adafactor_mlp(
         return tiled(net, p, g, h, batch, size, own)
 
     return lift(
-        init, init_hidden, update, prepare=prepare, batched=True, compiled=compile, owning=True
+        init, init_hidden, update, prepare=prepare, batched=True, owning=True, large_stacks=True
     )
 
 

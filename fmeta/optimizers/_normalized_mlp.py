@@ -189,7 +189,7 @@ def normalized_mlp(
         },
         prepare=_Weights,
         batched=True,
-        compiled=compile,
+        large_stacks=compile,
         owning=True,
         chunks=lambda coordinates: functools.partial(update, chunk=coordinates),
     )
