@@ -113,7 +113,14 @@ def adafactor_mlp(
         return tiled(net, p, g, h, batch, size, own)
 
     return lift(
-        init, init_hidden, update, prepare=prepare, batched=True, owning=True, large_stacks=True
+        init,
+        init_hidden,
+        update,
+        prepare=prepare,
+        batched=True,
+        large_stacks=compile,
+        large_owned=True,
+        owning=True,
     )
 
 
