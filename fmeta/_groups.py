@@ -31,7 +31,7 @@ ALONE = {"max_numel": -1, "min_size": 1, "total": 1}
 # whose operations are too short.
 BATCHED = {"max_numel": 2**15, "min_size": 2, "total": 2**17}
 # A rule that is one or two calls of compiled loops, which cost a tenth of a millisecond each; or a
-# hundred small calls a tile, without derivatives (adafactor_mlp on transformers of 1M: a tenth less).
+# hundred small calls a tile, without derivatives (adafactor_mlp on transformers of 1M: a tenth).
 LARGE = {"max_numel": 2**17, "min_size": 2, "total": 2**19}
 # One whose features of a stack are kept only while they fit into one tile (velo).
 TILES = {"max_numel": 2**15, "min_size": 2, "total": 2**16}
