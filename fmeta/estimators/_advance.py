@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._autodiff import inside_transform
 from fmeta._inner_step import InnerState, inner_step
 from fmeta._memory import keep_freed_memory
 from fmeta._trace import Traced
 from fmeta._trace_gradient import TracedWithGradient
 from fmeta._unroll import unroll
 from fmeta.optimizer import Optimizer
+from fmeta.optimizers._member_networks import undifferentiated
 from fmeta.tasks import TaskFamily, extras_of_task, loss_of_task
 
 __all__ = ["Advance", "by_steps", "by_unroll"]
@@ -60,10 +62,12 @@ def by_steps(
     vmapped = torch.vmap(one)
 
     def step(*args: Tree) -> tuple[Tree, Tree, Tensor, Any]:
-        if len(trees.leaves(args[1])[0]) > 1:
-            return vmapped(*args)
-        # Alone: for models that `vmap` cannot run.
-        return trees.map(lambda x: x[None], one(*trees.map(lambda x: x[0], args)))
+        constant = not (differentiated or torch.is_grad_enabled() or inside_transform())
+        with undifferentiated(constant):
+            if len(trees.leaves(args[1])[0]) > 1:
+                return vmapped(*args)
+            # Alone: for models that `vmap` cannot run.
+            return trees.map(lambda x: x[None], one(*trees.map(lambda x: x[0], args)))
 
     if trace or compile:
         # Of opt_params, params and hidden.

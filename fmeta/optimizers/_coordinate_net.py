@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmeta.optimizers._features import sum_of_squares
 from fmeta.optimizers._initial import truncated_normal
+from fmeta.optimizers._member_networks import in_tiles, undifferentiated_now
 from fmeta.random import own
 
 __all__ = [
@@ -36,6 +37,9 @@ Tree = Any
 
 EPS = 1e-5  # of the features' mean squares
 TIMES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
+# Units of a first layer, and coordinates, from which layers are the most of a step, not features
+# and calls.
+_WIDE, _LONG = 16, 2**8
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -119,12 +123,19 @@ def run_layers(
         batch: leading axes of ``p`` that are those of a stack.
     """
     n = p.numel()
-    squares = sum_of_squares(x, tuple(range(1 + batch, x.ndim)))
+    constant = undifferentiated_now()
+    squares = sum_of_squares(x, tuple(range(1 + batch, x.ndim)), fused=constant)
     scale = torch.rsqrt(squares / math.prod(p.shape[batch:]) + EPS)
     if scale.numel() == scale.shape[0]:
         columns = columns * scale.flatten()
     else:
         x = x * scale
+    if constant and len(columns) >= _WIDE and n >= _LONG:
+        if bias[0].numel() > 1:
+            bias = bias.expand(-1, *p.shape)
+        weights = [columns, *(w for w, _ in layers)]
+        delta = in_tiles(x.reshape(-1, n), weights, [bias.flatten(1), *(b for _, b in layers)])
+        return delta.reshape(p.shape)
     y = columns @ x.reshape(-1, n) + bias.expand(-1, *p.shape).reshape(-1, n)
     for w, b in layers:
         y = w @ torch.relu(y) + b

@@ -97,7 +97,7 @@ def sum_of_squares(x: Tensor, dims: tuple[int, ...], fused: bool = False) -> Ten
     if not fused:
         return x.square().sum(dims, keepdim=True)
     if x.ndim - 1 in dims:
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square()
 
     # A norm over outer axes is slow: its loops go along them.
     def cut(at: Sequence[int]) -> Tensor:
