@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import fmeta
 from fmeta import trees
 from fmeta._leafwise import consuming_update
-from fmeta.optimizers import adafactor_mlp
+from fmeta.optimizers import _tiled_network, adafactor_mlp
 from fmeta.random import fold_in
 
 LOUD = {"exp_mult": 0.1, "step_mult": 0.1}
@@ -77,6 +77,26 @@ def test_the_default_tiles_of_a_large_tensor_give_the_plain_result():
     for shape in ((300, 250), (70, 60, 3, 3), (90_000,), (2, 60_000)):
         start, grads = drawn(shape), [drawn(shape, i) for i in range(2)]
         close(run(rule, th, start, grads), plain(rule, th, start, grads))
+
+
+@pytest.mark.parametrize("hidden_layers", [1, 2, 3])
+@pytest.mark.parametrize("coordinates", [1, 5, 13, 60, 200])
+def test_pieces_of_a_tile_are_of_one_leaf_or_of_several(coordinates, hidden_layers, monkeypatch):
+    rule = adafactor_mlp(6, hidden_layers, **LOUD)
+    numbers = 6 * hidden_layers + 2  # of all layers, a coordinate
+    monkeypatch.setattr(_tiled_network, "_NEARER", coordinates * numbers)
+    pieces = []
+    called = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda y, *a: (pieces.append(y.shape[1]), called(y, *a))[1]
+    )
+    th, shapes = weights(rule), [(5, 3), (6, 6), (4, 3, 3, 3), (7,)]
+    start = {f"{s} {i}": drawn(s, i) for s in shapes for i in range(3)}
+    grads = [{k: drawn(p.shape, i, len(k)) for k, p in start.items()} for i in range(3)]
+    found = run(rule, th, start, grads, consuming_update(rule))
+    assert max(pieces) <= coordinates
+    assert (max(pieces) > 36) == (coordinates > 36)
+    close(found, plain(rule, th, start, grads))
 
 
 def test_tensors_that_do_not_lie_in_order_in_memory():
