@@ -24,6 +24,7 @@ __all__ = [
     "grad_and_value",
     "inside_transform",
     "is_differentiable",
+    "is_differentiating",
     "is_pulled_back_to",
     "vjp",
 ]
@@ -51,6 +52,14 @@ def inside_transform() -> bool:
         or torch.autograd.forward_ad._current_level >= 0  # `detach` would drop the tangents
         or _nested.get()
     )
+
+
+def is_differentiating() -> bool:
+    """Whether what is computed now may be differentiated, in reverse or in forward mode."""
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    kinds = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
+    return any(i.key() in kinds for i in _functorch.get_interpreter_stack() or ())
 
 
 def is_differentiable(x: Any) -> bool:

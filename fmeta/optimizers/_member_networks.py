@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmeta._autodiff import is_differentiating
 from fmeta._trace import is_compiled
 
 __all__ = ["in_tiles", "undifferentiated", "undifferentiated_now"]
@@ -28,8 +29,11 @@ _undifferentiated: ContextVar[bool] = ContextVar("_undifferentiated", default=Fa
 
 
 def undifferentiated_now() -> bool:
-    """Whether nothing differentiates or compiles what rules do now: it may be one operation."""
-    return _undifferentiated.get() and not is_compiled()
+    """Whether nothing differentiates or compiles what rules do now: it may be one operation.
+
+    Rules may be steps of a loss, or of a further rule, which takes derivatives of them.
+    """
+    return _undifferentiated.get() and not is_compiled() and not is_differentiating()
 
 
 @contextmanager

@@ -59,10 +59,19 @@ def test_without_values():
     assert in_tiles(x.to("meta"), *meta).shape == (9,)
 
 
+@torch.no_grad()
 def test_rules_are_told_where_nothing_differentiates():
     assert not undifferentiated_now()
     with undifferentiated(True):
         assert undifferentiated_now()
+        with torch.enable_grad():
+            assert not undifferentiated_now()
+        for differentiate in (torch.func.grad, torch.func.jacfwd):
+            seen = []
+            differentiate(lambda x, seen=seen: seen.append(undifferentiated_now()) or x)(
+                torch.ones(())
+            )
+            assert seen == [False]
         with undifferentiated(False):
             assert not undifferentiated_now()
     assert not undifferentiated_now()
@@ -116,3 +125,29 @@ def test_steps_within_a_transform_do_not_take_it(monkeypatch):
     with torch.no_grad():
         torch.func.jvp(lambda x: advanced()[1] * x, one, one)
     assert not calls
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_losses_that_make_steps_of_a_learned_rule_are_differentiated(trace):
+    inner = fmeta.optimizers.mlp()  # 32 units: its weights are the parameters that sgd moves
+
+    def loss(data, config, params, batch):
+        own = {"w": batch}
+        delta, _ = inner.update(params, own, own, inner.init_hidden(params, own))
+        return (own["w"] + 100 * delta["w"]).square().mean()
+
+    family = fmeta.tasks.TaskFamily(
+        (),
+        lambda generator: {"x": torch.zeros(())},
+        lambda config, generator: inner.init(generator),
+        lambda config, generator, steps, split="train": torch.randn(
+            steps, 20, 20, generator=generator
+        ),
+        loss,
+    )
+    rule = fmeta.learn(fmeta.optimizers.sgd, {"lr": "log"}, lr=0.1)
+    settings = {"num_tasks": 2, "horizon": 4, "truncation": 2, "std": 0.01, "trace": trace}
+    estimator = fmeta.estimators.pes(rule, family, **settings)
+    estimate, _ = estimator.estimate(rule.init(), estimator.init(rule.init(), 0))
+    assert estimate.loss.isfinite()
+    assert estimate.grads["lr"] != 0
