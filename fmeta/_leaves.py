@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -160,8 +161,8 @@ class Leaves:
         ``fresh`` gives a state such as the rule starts with.
         """
         try:
-            own = init(None)
-        except Exception:  # under a transform that forbids drawing, say
+            own = _outside(init)
+        except Exception:  # it needs what is not at hand here
             own = opt_params
         want, got = _shapes(own), _shapes(opt_params)
         if want != got:
@@ -209,6 +210,12 @@ class Leaves:
             f"{trees.paths(self.model_params)[i]} holds {held}, as if of another optimizer: "
             f"{_RESTART}"
         )
+
+
+def _outside(init: Callable[..., Tree]) -> Tree:
+    """``init(None)`` outside transforms, some of which forbid to draw: they are of one thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(init, None).result()
 
 
 def _fits(shape: torch.Size, param: torch.Size, scalars: bool) -> bool:

@@ -373,3 +373,12 @@ def test_a_shape_is_said_with_what_was_wanted():
     words = r"rnn_params/rnn\.linear/w of rnn_mlp has shape \(115, 256\), expected \(116, 256\)"
     with pytest.raises(ValueError, match=words):
         pretrained.from_google("rnn_mlp", theta)
+
+
+@pytest.mark.parametrize("name", ["w0", "b0", "w1", "b1", "w2"])
+def test_of_arrays_that_do_not_go_together_the_odd_one_is_named(name):
+    widths = {"w0": (19, 32), "b0": (32,), "w1": (32, 32), "b1": (32,), "w2": (32, 2), "b2": (2,)}
+    theta = {key: np.zeros(shape) for key, shape in widths.items()}
+    theta[name] = theta[name][..., :31] if name != "w2" else theta[name][:31]
+    with pytest.raises(ValueError, match=f"the array {name} of mlp has shape .*, expected .*32"):
+        pretrained.from_google("mlp", theta)

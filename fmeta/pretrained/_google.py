@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -219,8 +220,13 @@ def _layers(
         last += 1
     found = {}
     for i in range(first, last + 1):
-        w = a.take(form.format(i, "w"), *banks, inputs, outputs if i == last else None)
-        inputs = w.shape[-1]
-        found[f"w{i}"] = w
-        found[f"b{i}"] = a.take(form.format(i, "b"), *banks, inputs)
+        w, b = form.format(i, "w"), form.format(i, "b")
+        width: int | None = outputs
+        if i < last:  # what most arrays say, so that the one that says something else is named
+            following = form.format(i + 1, "w")
+            said = Counter([a.size(w, -1), a.size(b, -1), a.size(following, -2)])
+            width = said.most_common(1)[0][0]
+        found[f"w{i}"] = a.take(w, *banks, inputs, width)
+        inputs = found[f"w{i}"].shape[-1]
+        found[f"b{i}"] = a.take(b, *banks, inputs)
     return found

@@ -39,6 +39,13 @@ class Theta:
     def holds(self, name: str) -> bool:
         return name in self.left
 
+    def size(self, name: str, axis: int) -> int | None:
+        """Of an axis of the array of that name; None where it has none."""
+        if name not in self.left:
+            return None
+        shape = getattr(self.left[name][1], "shape", ())
+        return int(shape[axis]) if -len(shape) <= axis < len(shape) else None
+
     def take(
         self,
         name: str,

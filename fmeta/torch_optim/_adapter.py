@@ -58,12 +58,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         capturable: keep the hidden state in the same memory from step to step, so that a step can
             be captured in a CUDA graph.
         differentiable: refused if True; training that is differentiated is `fmeta.unroll`.
+        **numbers: refused: the numbers of a rule are arguments of its builder.
 
     Raises:
-        ValueError: unknown rule, weights of another rule, no ``num_steps`` where needed, empty
-            groups, options out of range.
-        TypeError: parameters that are no real floating tensors, a torch optimizer instead of a
-            rule, or a rule whose hidden state is no `fmeta.Hidden`.
+        ValueError: unknown rule, weights of another rule or not finite, no ``num_steps`` where
+            needed, empty groups, options out of range.
+        TypeError: an unknown option, parameters that are no real floating tensors, a torch
+            optimizer instead of a rule, or a rule whose hidden state is no `fmeta.Hidden`.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -90,7 +91,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        **numbers: Any,
     ) -> None:
+        _checks.check_no_more(name_or_optimizer, numbers)
         _checks.check_options(nonfinite, fused, differentiable, compile)
         _checks.check_params(params)
         self._rule: Any = None

@@ -20,6 +20,7 @@ __all__ = [
     "check_dtypes",
     "check_given",
     "check_group",
+    "check_no_more",
     "check_options",
     "check_params",
     "check_rule",
@@ -45,6 +46,19 @@ def check_params(params: Any) -> None:
             "params are given one by one, got a dict: give the items() of a dict of parameters, "
             "or model.named_parameters() (a state_dict holds copies that get no gradient)"
         )
+
+
+def check_no_more(name_or_optimizer: Any, numbers: Mapping[str, Any]) -> None:
+    """Raises a TypeError for options that `LearnedOptimizer` does not have."""
+    if not numbers:
+        return
+    given = ", ".join(f"{name}={value!r}" for name, value in numbers.items())
+    rule = name_or_optimizer if isinstance(name_or_optimizer, str) else "adam"
+    rule = rule if rule.isidentifier() else "adam"
+    raise TypeError(
+        f"LearnedOptimizer has no {', '.join(numbers)}: the numbers of a rule are given to its "
+        f"builder, as in LearnedOptimizer(params, fmeta.optimizers.{rule}({given}))"
+    )
 
 
 def check_options(nonfinite: str, fused: Any, differentiable: Any, compile: Any = False) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmeta import _files, optimizers, pretrained, trees
 from fmeta.optimizer import Optimizer, check_optimizer_type
+from fmeta.pretrained._finite import check_finite
 
 __all__ = ["Rule", "find_rule"]
 
@@ -60,7 +61,7 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
 
     Raises:
         TypeError: for anything else, such as an optimizer of torch.
-        ValueError: for an unknown name, or weights that are not those of the rule.
+        ValueError: for an unknown name, or weights that are not those of the rule, or not finite.
         FileNotFoundError: no such file.
     """
     name = "custom"
@@ -89,6 +90,9 @@ def find_rule(source: Any, opt_params: Tree, like: Callable[[], Tree]) -> Rule:
     else:
         _check(name, own, opt_params)
     weights = trees.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, opt_params)
+    for path, x in zip(trees.paths(weights), trees.leaves(weights), strict=True):
+        if type(x) in (Tensor, torch.nn.Parameter) and x.is_floating_point():
+            check_finite(x, f"opt_params at path {path}")
     shapes = None
     if name in optimizers.BUILDERS and _takes_params(optimizers.BUILDERS[name]):
         shapes = trees.map(
@@ -146,4 +150,7 @@ def _check(name: str, own: Tree, opt_params: Tree) -> None:
     try:
         trees.match(own, opt_params, what, allow_none=False)
     except ValueError as error:
-        raise ValueError(f"{error}; give weights of this rule, or None for its init()") from None
+        raise ValueError(
+            f"{error}; give weights of this rule, built with the sizes that they have, or None for "
+            "its init()"
+        ) from None

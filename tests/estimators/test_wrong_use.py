@@ -356,3 +356,15 @@ def test_implicit_gradients_of_no_parameters():
     for meta, error in (({}, ValueError), ({"a": {"b": 1.0}}, TypeError)):
         with pytest.raises(error, match=r"meta_params (holds no tensor|at path a/b is float)"):
             fmeta.implicit_gradient(square, square, torch.ones(1), meta)
+
+
+@pytest.mark.parametrize("name", ["full", "forward", "truncated"])
+def test_weights_of_another_rule_are_told_within_transforms_too(name):
+    rule = optimizers.linear() if name == "forward" else optimizers.mlp()
+    more = {"truncation": 2} if name == "truncated" else {}
+    estimator = getattr(estimators, name)(rule, FAMILY, num_tasks=2, horizon=2, **more)
+    th = optimizers.lstm().init() if name != "forward" else optimizers.nn_adam().init()["start"]
+    with pytest.raises(
+        ValueError, match=r"opt_params do not fit this optimizer: it learns .*, got"
+    ):
+        estimator.estimate(th, estimator.init(th, 0))

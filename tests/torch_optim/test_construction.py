@@ -248,3 +248,25 @@ def test_a_rule_that_learns_per_layer_by_its_name():
     w.grad = torch.ones(2, 2)
     opt.step()
     assert (w != 1).all()
+
+
+def test_the_numbers_of_a_rule_are_its_builders():
+    cure = (
+        r"no betas: .*LearnedOptimizer\(params, fmeta\.optimizers\.adam\(betas=\(0\.9, 0\.95\)\)\)"
+    )
+    with pytest.raises(TypeError, match=cure):
+        LearnedOptimizer([param(2)], "adam", betas=(0.9, 0.95))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(number):
+    rule = optimizers.mlp()
+    th = rule.init()
+    th["b1"][3] = number
+    with pytest.raises(ValueError, match=r"opt_params at path b1 holds 1 numbers .* not finite"):
+        LearnedOptimizer([param(2)], rule, th)
+
+
+def test_weights_of_other_sizes_need_a_rule_of_these():
+    with pytest.raises(ValueError, match="built with the sizes that they have"):
+        LearnedOptimizer([param(2)], "mlp", optimizers.mlp(hidden_size=8).init())
