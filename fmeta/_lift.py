@@ -29,7 +29,6 @@ def lift(
     elementwise: bool = False,
     batched: bool = False,
     large_stacks: bool = False,
-    large_owned: bool = False,
     owning: bool = False,
     stacked: bool = True,
     chunks: Callable[[int], Callable[..., Any]] | None = None,
@@ -51,9 +50,9 @@ def lift(
             leaves needs no vmap.
         batched: the rule takes a stack of leaves with ``batch=1``, the number of leading axes, and
             scalars of the state as ``(leaves, 1, ...)``: no vmap either.
-        large_stacks: of a ``batched`` rule whose calls cost much, which stacks larger leaves, too.
-        large_owned: the same where the state is nobody else's. (With derivatives, what is kept of a
-            large stack would leave the cache: measured on `adafactor_mlp`, 1.6 times the time.)
+        large_stacks: of a ``batched`` rule whose calls cost much: where the state is nobody else's,
+            larger leaves are stacked, too. (With derivatives, what is kept of a large stack would
+            leave the cache: measured on `adafactor_mlp`, 1.6 times the time.)
         owning: the rule takes ``own=True``: then the state is nobody else's, and its memory may
             hold the new one.
         stacked: whether to stack leaves at all; a rule of one or two operations is cheaper without.
@@ -76,7 +75,7 @@ def lift(
         init_leaf,
         update_leaf,
         prepare,
-        LARGE if large_stacks else BATCHED if batched else STACKED if stacked else ALONE,
+        BATCHED if batched else STACKED if stacked else ALONE,
         stacks=elementwise or batched,
         keyword={"batch": 1} if batched else {},
         elementwise=elementwise,
@@ -100,7 +99,7 @@ def lift(
         at = Leaves(model_params, grads, hidden, states_later=True)
         given = {"loss": loss, "extras": extras}
         extra = {k: given[k] for k in update_keywords}
-        limits = LARGE if own and large_owned else rule.limits
+        limits = LARGE if own and large_stacks else rule.limits
         leaf_rule = rule._replace(update_leaf=update_leaf, limits=limits)
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)

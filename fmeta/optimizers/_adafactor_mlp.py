@@ -118,8 +118,7 @@ def adafactor_mlp(
         update,
         prepare=prepare,
         batched=True,
-        large_stacks=compile,
-        large_owned=True,
+        large_stacks=True,
         owning=True,
     )
 
