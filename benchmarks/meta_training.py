@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import _one_core  # noqa: F401 (before torch and JAX)
 import torch
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fmeta
+from fmeta.optimizers import _coordinate_net
 
 try:
     import jax
@@ -141,12 +143,19 @@ def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
 
 
-def products_of(call: Call) -> tuple[float, Call]:
-    """FLOPs of a call's matrix products, and a call that computes these alone."""
-    with FlopCounterMode(display=False) as counter:
+def products_of(build: Callable[[], Call]) -> tuple[float, Call]:
+    """FLOPs of a call's matrix products, and a call that computes these alone.
+
+    The networks of all members are built as products here, not as the one operation that they are
+    where nothing differentiates, into which neither the count nor the collection can look.
+    """
+    with mock.patch.object(_coordinate_net, "undifferentiated_now", return_value=False):
+        call = build()
         call()
-    with Products() as seen:
-        call()
+        with FlopCounterMode(display=False) as counter:
+            call()
+        with Products() as seen:
+            call()
 
     @torch.no_grad()
     def alone() -> None:
@@ -179,7 +188,7 @@ def measure(name: str, model: str, kind: str, particles: int, repeats: int) -> d
         calls[way]()
         cold[way] = cpu_seconds() - before
     plain = list(WAYS[kind])[-2]  # of those that are not compiled the last
-    flops, calls["products"] = products_of(calls[plain])
+    flops, calls["products"] = products_of(builds[plain])
     times = median_times(calls, repeats)
     steps = particles * TRUNCATION * (2 if kind == "pes" else 1)
     row: dict[str, Any] = {
