@@ -17,6 +17,7 @@ __all__ = [
     "Leaves",
     "check_first_state",
     "check_state",
+    "other_weights",
     "per_leaf",
     "settled",
     "start_leaves",
@@ -160,16 +161,9 @@ class Leaves:
 
         ``fresh`` gives a state such as the rule starts with.
         """
-        try:
-            own = _outside(init)
-        except Exception:  # it needs what is not at hand here
-            own = opt_params
-        want, got = _shapes(own), _shapes(opt_params)
-        if want != got:
-            return ValueError(
-                f"opt_params do not fit this optimizer: it learns {_listed(want)}, got "
-                f"{_listed(got)}: give what its init() returns"
-            )
+        better = other_weights(init, opt_params)
+        if better is not None:
+            return better
         if not isinstance(error, KeyError) or not error.args:
             return error
         key = error.args[0]
@@ -210,6 +204,21 @@ class Leaves:
             f"{trees.paths(self.model_params)[i]} holds {held}, as if of another optimizer: "
             f"{_RESTART}"
         )
+
+
+def other_weights(init: Callable[..., Tree], opt_params: Tree) -> ValueError | None:
+    """The error for weights that are not those of the rule with this ``init``; None if they are."""
+    try:
+        own = _outside(init)
+    except Exception:  # it needs what is not at hand here
+        return None
+    want, got = _shapes(own), _shapes(opt_params)
+    if want == got:
+        return None
+    return ValueError(
+        f"opt_params do not fit this optimizer: it learns {_listed(want)}, got {_listed(got)}: "
+        "give what its init() returns"
+    )
 
 
 def _outside(init: Callable[..., Tree]) -> Tree:

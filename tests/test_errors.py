@@ -716,3 +716,17 @@ def test_no_input_is_changed_by_a_refused_step():
     with pytest.raises(ValueError, match="path b is missing"):
         step(ADAM, params=params, grads={"w": params["w"]})
     assert all(torch.equal(params[k], before[k]) for k in params)
+
+
+NETWORKS = ["lstm", "meta_lstm", "mlp", "adafactor_mlp", "normalized_mlp", "basis_mlp"]
+NETWORKS += ["rnn_mlp", "nn_adam", "velo", "linear"]
+
+
+@pytest.mark.parametrize("weights", [{"layers": torch.ones(2)}, {}, None])
+@pytest.mark.parametrize("name", [*NETWORKS, "per_parameter_sgd", "meta_curvature"])
+def test_weights_of_another_rule_are_told(name, weights):
+    build = optimizers.BUILDERS[name]
+    rule = build() if name in NETWORKS else build(PARAMS)
+    words = "opt_params do not fit this optimizer: it learns .*, got .*: give what its init"
+    with pytest.raises(ValueError, match=words):
+        fmeta.unroll(rule, loss, weights, PARAMS, BATCHES, num_steps=4 if "velo" in name else None)
