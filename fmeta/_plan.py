@@ -28,6 +28,7 @@ _CHOICES: tuple[dict[str, Any], ...] = (
     {"checkpoint": "sqrt"},
     {"checkpoint": "sqrt", "recompute": "both"},
     {"checkpoint": "sqrt", "mixed_mode": True},
+    {"checkpoint": "sqrt", "mixed_mode": "keep_gradients"},
     {"checkpoint": 10},
     {"first_order": True, "checkpoint": "sqrt"},
 )
