@@ -17,10 +17,10 @@ __all__ = [
     "Leaves",
     "check_first_state",
     "check_state",
-    "other_weights",
     "per_leaf",
     "settled",
     "start_leaves",
+    "told_of_weights",
 ]
 
 Tree = Any
@@ -161,7 +161,7 @@ class Leaves:
 
         ``fresh`` gives a state such as the rule starts with.
         """
-        better = other_weights(init, opt_params)
+        better = _other_weights(init, opt_params)
         if better is not None:
             return better
         if not isinstance(error, KeyError) or not error.args:
@@ -206,7 +206,7 @@ class Leaves:
         )
 
 
-def other_weights(init: Callable[..., Tree], opt_params: Tree) -> ValueError | None:
+def _other_weights(init: Callable[..., Tree], opt_params: Tree) -> ValueError | None:
     """The error for weights that are not those of the rule with this ``init``; None if they are."""
     try:
         own = _outside(init)
@@ -219,6 +219,17 @@ def other_weights(init: Callable[..., Tree], opt_params: Tree) -> ValueError | N
         f"opt_params do not fit this optimizer: it learns {_listed(want)}, got {_listed(got)}: "
         "give what its init() returns"
     )
+
+
+def told_of_weights(init: Callable[..., Tree], opt_params: Tree, fn: Callable[[], Any]) -> Any:
+    """``fn()``, with a better error where it dies of weights of another rule."""
+    try:
+        return fn()
+    except RULE_ERRORS as error:
+        better = _other_weights(init, opt_params)
+        if better is None:
+            raise
+        raise better from error
 
 
 def _outside(init: Callable[..., Tree]) -> Tree:

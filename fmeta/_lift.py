@@ -11,7 +11,7 @@ from torch import Tensor
 from fmeta._chunks import binned, chunkable, chunks_of_elements
 from fmeta._groups import ALONE, BATCHED, LARGE, STACKED, LeafRule
 from fmeta._leafwise import consuming, leafwise
-from fmeta._leaves import RULE_ERRORS, Leaves, other_weights, start_leaves
+from fmeta._leaves import Leaves, start_leaves, told_of_weights
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
 
 __all__ = ["lift"]
@@ -66,14 +66,11 @@ def lift(
     def init_hidden(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(needs, num_steps)
         extra = {"num_steps": num_steps} if "num_steps" in leaf_keywords else {}
-        try:
-            leaves = start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params)
-        except RULE_ERRORS as error:
-            better = other_weights(init, opt_params)
-            if better is None:
-                raise
-            raise better from error
-        return Hidden(leaves, {})
+
+        def start() -> Tree:
+            return start_leaves(lambda th, p: init_leaf(th, p, **extra), opt_params, model_params)
+
+        return Hidden(told_of_weights(init, opt_params, start), {})
 
     rule = LeafRule(
         init,
@@ -108,13 +105,7 @@ def lift(
         leaf_rule = rule._replace(update_leaf=update_leaf, limits=limits)
         delta: list[Any] = [None] * len(at.params)
         states = list(at.states)
-        try:
-            numbers = _values_of(hypers, opt_params)
-        except RULE_ERRORS as error:
-            better = other_weights(init, opt_params)
-            if better is None:
-                raise
-            raise better from error
+        numbers = told_of_weights(init, opt_params, lambda: _values_of(hypers, opt_params))
         for done in leaf_rule.run(at, opt_params, numbers, extra, own=own):
             changes: Sequence[Any] = done.deltas()
             if then is not None:

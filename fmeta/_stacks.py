@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmeta import trees
 
-__all__ = ["Columns", "Rows", "Stack", "broadcast", "can_index", "under_vmap"]
+__all__ = ["Columns", "Rows", "Stack", "broadcast", "can_index", "share_no_memory", "under_vmap"]
 
 Tree = Any
 State = dict[str, Any]
@@ -104,7 +104,7 @@ class Columns:
             else:
                 self._kept.add(k)
             self.given[k] = column.reshape(-1, *(1,) * axes) if column.ndim == 1 else column
-        if not _apart([self.given[k] for k in self._kept]):
+        if not share_no_memory([self.given[k] for k in self._kept]):
             self.given.update({k: self.given[k].clone() for k in self._kept})
             self._kept = set()
         self._taken = {_memory(self.given[k]) for k in self._kept}
@@ -264,7 +264,7 @@ def _is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _apart(xs: Sequence[Tensor]) -> bool:
+def share_no_memory(xs: Sequence[Tensor]) -> bool:
     """Whether no two of the tensors share memory."""
     spans = []
     for x in xs:

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["in_strides", "packed_strides"]
+__all__ = ["in_strides", "is_spread_out", "packed_strides"]
+
+
+def is_spread_out(x: Tensor) -> bool:
+    """Whether one element stands for several along an axis."""
+    return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
 def packed_strides(x: Tensor) -> tuple[int, ...]:
     """Strides without gaps, with the axes in the order in which those of ``x`` lie in memory."""
     strides, shape = x.stride(), x.shape
-    if any(s == 0 and n > 1 for s, n in zip(strides, shape, strict=True)):  # spread out
+    if is_spread_out(x):
         return torch.empty(shape, device="meta").stride()
     found, step = [0] * x.ndim, 1
     for i in sorted(range(x.ndim), key=lambda i: (strides[i], -i)):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmeta import trees
 from fmeta._inductor import recorded_options
 from fmeta._products import turn_products
-from fmeta._strides import in_strides, packed_strides
+from fmeta._strides import in_strides, is_spread_out, packed_strides
 
 __all__ = [
     "VIEWS",
@@ -57,7 +57,8 @@ def for_compiler() -> bool:
 
 def is_compiled() -> bool:
     """Whether what runs now is recorded for a compiler (differentiated or not), or compiled."""
-    return _is_compiled.get() or torch.compiler.is_compiling()
+    # The tracer knows no variables of a context.
+    return torch.compiler.is_compiling() or _is_compiled.get()
 
 
 @contextlib.contextmanager
@@ -287,14 +288,10 @@ def _is_same(a: Any, b: Any) -> bool:
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
-        and not _is_spread_out(a)  # where strides do not tell axes apart
+        and not is_spread_out(a)  # where strides do not tell axes apart
         and (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
         and (a.dtype, a.device) == (b.dtype, b.device)
     )
-
-
-def _is_spread_out(x: Tensor) -> bool:
-    return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
 def edits(node: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fmeta import trees
 from fmeta._groups import TILES, Done, LeafRule
 from fmeta._leafwise import consuming
-from fmeta._leaves import RULE_ERRORS, Leaves, check_state, other_weights, start_leaves
+from fmeta._leaves import RULE_ERRORS, Leaves, check_state, start_leaves, told_of_weights
 from fmeta._stacks import Columns, Rows, can_index
 from fmeta._tensorwise import check_delta, delta_of, fresh, required
 from fmeta.optimizer import Hidden, Optimizer, check_needs, check_num_steps
@@ -103,15 +103,13 @@ def treewise(rule: Any) -> Optimizer:
     def start(opt_params: Tree, model_params: Tree, *, num_steps: Any = None) -> Hidden:
         check_num_steps(needs, num_steps)
         extra = {"num_steps": num_steps} if "num_steps" in needs else {}
-        try:
+
+        def fresh_state() -> Hidden:
             leaves = start_leaves(init_leaf, opt_params, model_params)
-            shared = init_shared(opt_params, model_params, **extra)
-        except RULE_ERRORS as error:
-            better = other_weights(init, opt_params)
-            if better is None:
-                raise
-            raise better from error
-        return Hidden(leaves, shared)
+            return Hidden(leaves, init_shared(opt_params, model_params, **extra))
+
+        started: Hidden = told_of_weights(init, opt_params, fresh_state)
+        return started
 
     # Two passes over the tensors: the "delta" of the first is the summary, the second gets a row of
     # controls for each tensor.

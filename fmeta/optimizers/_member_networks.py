@@ -33,9 +33,7 @@ def undifferentiated_now() -> bool:
 
     Rules may be steps of a loss, or of a further rule, which takes derivatives of them.
     """
-    if torch.compiler.is_compiling():  # the tracer knows no variables of a context
-        return False
-    return _undifferentiated.get() and not is_compiled() and not is_differentiating()
+    return not is_compiled() and _undifferentiated.get() and not is_differentiating()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmeta import trees
+from fmeta._stacks import share_no_memory
 from fmeta.torch_optim import _sharded
 
 __all__ = ["apart", "move", "overlap", "write"]
@@ -129,12 +129,7 @@ def overlap(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         return True
     if len(taken) == len(some):
         return False
-    spans = []  # views of one memory, as those of a flat buffer are
-    for p in some:
-        last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
-        spans.append((p.data_ptr(), p.data_ptr() + last * p.element_size()))
-    spans.sort()
-    return any(b[0] < a[1] for a, b in itertools.pairwise(spans))
+    return not share_no_memory(some)  # views of one memory, as those of a flat buffer are
 
 
 def _memory(x: Tensor) -> Any:
